@@ -1,0 +1,248 @@
+"""iLLaDA: a Llama whose attention sees both directions, trained and sampled as a masked diffusion model.
+
+What is inherited from Transformers (attention, RoPE, RMSNorm, MLP, parallel plans, attention backends, gradient
+checkpointing) is not written again. Here stand the bidirectional mask, the residual dropout and the initialisation of
+the release, the selection of the positions whose logits are made, and the diffusion loss.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, MaskedLMOutput
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_illada import ILLaDAConfig
+from .generation import MaskedDiffusionGenerationMixin
+
+
+class ILLaDAAttention(LlamaAttention):
+    """Llama's grouped-query attention in both directions, with residual dropout on its output."""
+
+    def __init__(self, config: ILLaDAConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.is_causal = False
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        hidden_states, attention_weights = super().forward(hidden_states, **kwargs)
+        hidden_states = F.dropout(hidden_states, self.config.resid_pdrop, self.training)
+        return hidden_states, attention_weights
+
+
+class ILLaDAMLP(LlamaMLP):
+    """Llama's gated MLP, with residual dropout on its output."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.dropout(super().forward(hidden_states), self.config.resid_pdrop, self.training)
+
+
+class ILLaDADecoderLayer(LlamaDecoderLayer):
+    def __init__(self, config: ILLaDAConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.self_attn = ILLaDAAttention(config, layer_idx)
+        self.mlp = ILLaDAMLP(config)
+
+
+class ILLaDAPreTrainedModel(LlamaPreTrainedModel):
+    config: ILLaDAConfig
+    config_class = ILLaDAConfig
+    _no_split_modules = ["ILLaDADecoderLayer"]
+    _can_record_outputs = {"hidden_states": ILLaDADecoderLayer, "attentions": ILLaDAAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """Initialises as the release does: projections into the residual stream are scaled down by sqrt(2 * layers)."""
+        super()._init_weights(module)
+        residual_std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=math.sqrt(1 / (2 * self.config.hidden_size)))
+        elif isinstance(module, ILLaDAAttention):
+            init.normal_(module.o_proj.weight, mean=0.0, std=residual_std)
+        elif isinstance(module, ILLaDAMLP):
+            init.normal_(module.down_proj.weight, mean=0.0, std=residual_std)
+
+
+class ILLaDAModel(ILLaDAPreTrainedModel, LlamaModel):
+    """The trunk: token ids in, hidden states out. Every position attends to every position that is not padding."""
+
+    def __init__(self, config: ILLaDAConfig):
+        # LlamaModel's own constructor would build, and initialise, causal layers first.
+        super(LlamaModel, self).__init__(config)
+        # No padding index: pad may be the id of EOS, whose embedding must be trained.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(ILLaDADecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Returns the last hidden state, (B, S, hidden_size). Arguments as in [`ILLaDAForCausalLM.forward`]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if position_ids is None:
+            offset = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + offset).unsqueeze(0)
+
+        bidirectional_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=bidirectional_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+def masked_diffusion_loss(
+    logits: torch.Tensor,
+    targets: torch.LongTensor,
+    weights: torch.Tensor | None,
+    num_items: int | torch.Tensor,
+) -> torch.Tensor:
+    """The masked diffusion objective, in nats per position.
+
+    `L = 1/N * sum_i w_i * -log p(x0_i | x_t)`, with `w_i = 1/t` at the masked positions, is a Monte-Carlo estimate of
+    the bound on `-log p(x0)` (LLaDA, arXiv 2502.09992, equation 3; iLLaDA, arXiv 2606.25331). There is no shift: the
+    logits of a position predict the token of that position.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(M, V)`): one row per position that counts.
+        targets (`torch.LongTensor` of shape `(M,)`): the clean tokens.
+        weights (`torch.FloatTensor` of shape `(M,)`, *optional*): `w_i`; 1 everywhere if absent.
+        num_items (`int` or 0-d tensor): `N`.
+
+    Returns:
+        A 0-d tensor, in fp32 or the logits' own precision, whichever is higher.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    if weights is not None:
+        losses = losses * weights
+    return losses.sum() / num_items
+
+
+class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
+    """iLLaDA with its language-modelling head.
+
+    "CausalLM" is the name that the release gave: attention is bidirectional, and `generate` is iterative denoising
+    (see [`MaskedDiffusionGenerationMixin.generate`]).
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: ILLaDAConfig):
+        super().__init__(config)
+        self.model = ILLaDAModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        loss_weights: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """Predicts the token of every position from all the others.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, S)`): tokens, masked where they equal `config.mask_token_id`.
+            attention_mask (`torch.Tensor` of shape `(B, S)` or `(B, 1, S, S)`, *optional*):
+                1 for tokens and 0 for padding; or four-dimensional, boolean with True where attention is allowed or
+                additive in the model's dtype, for instance to keep packed segments apart.
+            position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): `arange(S)` if absent.
+            past_key_values (`Cache`, *optional*): keys and values that the attention reads besides its own.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, S, hidden_size)`, *optional*): in place of `input_ids`.
+            labels (`torch.LongTensor` of shape `(B, S)`, *optional*):
+                Clean tokens, unshifted; -100 is ignored.
+            loss_weights (`torch.FloatTensor` of shape `(B, S)`, *optional*):
+                Weight of each position's cross-entropy: 1/t where the input is masked and 0 elsewhere for the
+                published objective. 1 everywhere if absent. A position of weight 0 costs nothing.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
+                Positions whose logits are made: 0 for all, `n` for the last `n`, a 1-D tensor of indices, or a
+                boolean `(B, S)` mask. Not used when `labels` are given.
+            num_items_in_batch (`int` or 0-d `torch.Tensor`, *optional*):
+                Divisor `N` of the loss. If absent `B * S`, the published normalisation; the Trainer passes the number
+                of labelled positions in all micro-batches of all processes, so that accumulation is exact.
+
+        Returns:
+            `MaskedLMOutput`: `logits` of shape `(B, S, V)`; `(B, n, V)` for an integer or index `logits_to_keep`;
+            `(M, V)` for a boolean one, a row per selected position in row-major order. With `labels`, `loss` is that
+            of [`masked_diffusion_loss`] and `logits` are `(M, V)`: the positions with a label and a weight.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        if labels is not None:
+            logits_to_keep = labels != -100
+            if loss_weights is not None:
+                logits_to_keep = logits_to_keep & (loss_weights != 0)
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+
+        loss = None
+        if labels is not None:
+            loss = masked_diffusion_loss(
+                logits,
+                labels[logits_to_keep],
+                None if loss_weights is None else loss_weights[logits_to_keep],
+                labels.numel() if num_items_in_batch is None else num_items_in_batch,
+            )
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = ["ILLaDAForCausalLM", "ILLaDAModel", "ILLaDAPreTrainedModel", "masked_diffusion_loss"]

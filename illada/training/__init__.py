@@ -1,0 +1,1 @@
+"""Training: the corpus of the embedded model, corruption, windows and collation, and the recipe."""

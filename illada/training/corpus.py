@@ -1,0 +1,199 @@
+"""The text that the embedded model learns: five families of examples whose answers a program can check.
+
+Everything is drawn from a seeded `random.Random`. Whether an example belongs to training or to the held-out test is a
+function of its content alone, so the two never meet, whatever the seeds.
+"""
+
+import functools
+import itertools
+import random
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+NAMES = {
+    "Tom": "He",
+    "Ben": "He",
+    "Max": "He",
+    "Sam": "He",
+    "Leo": "He",
+    "Jack": "He",
+    "Mia": "She",
+    "Ana": "She",
+    "Eva": "She",
+    "Lily": "She",
+    "Zoe": "She",
+    "Nina": "She",
+}
+ITEMS = ("apples", "pears", "books", "coins", "cards", "shells", "stones", "pens", "cups", "nuts", "eggs", "cakes")
+GAINS = ("buys", "finds", "gets", "picks")
+LOSSES = ("sells", "loses", "gives away", "breaks")
+WORDS = tuple(
+    "red blue green black white pink sun moon star rain snow wind dog cat bird fish horse cow tree leaf rose "
+    "lake hill sand desk lamp door roof bread milk salt cake".split()
+)
+LARGEST_NUMBER = 30
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text to learn or to test on.
+
+    Attributes:
+        family: name of its generator in [`FAMILIES`].
+        prompt: the user's message; empty for a plain document.
+        text: what the model writes: the answer, or the whole document.
+        blanks: character spans `(start, end)` of `text` that a test removes and the model fills.
+    """
+
+    family: str
+    prompt: str
+    text: str
+    blanks: tuple[tuple[int, int], ...]
+
+    @property
+    def held_out(self) -> bool:
+        """True for one example in 16, by content: such an example is never trained on."""
+        key = self.text if self.family == "grid" else self.prompt or self.text
+        return zlib.crc32(key.encode()) % 16 == 0
+
+    def is_correct(self, text: str) -> bool:
+        """Whether `text`, produced in place of `self.text`, is right.
+
+        A word problem is judged by the number after "The answer is", a grid by the rules of the puzzle and the cells
+        given, everything else by equality.
+        """
+        text = text.strip()
+        if self.family == "word_problem":
+            return _final_answer(text) == _final_answer(self.text)
+        if self.family == "grid":
+            return _is_solved_grid(text) and all(a == b for a, b in zip(text, self._without_blanks()) if b != "_")
+        return text == self.text
+
+    def _without_blanks(self) -> str:
+        kept = self.text
+        for start, end in self.blanks:
+            kept = kept[:start] + "_" * (end - start) + kept[end:]
+        return kept
+
+
+def _final_answer(text: str) -> str | None:
+    match = re.search(r"The answer is (\d+)\.", text)
+    return match and match[1]
+
+
+def _answer(family: str, prompt: str, text: str) -> Example:
+    return Example(family, prompt, text, blanks=((0, len(text)),))
+
+
+def word_problem(rng: random.Random) -> Example:
+    """One to three gains and losses, worked out step by step; all numbers stay in [0, LARGEST_NUMBER]."""
+    name, item = rng.choice(list(NAMES)), rng.choice(ITEMS)
+    amount = rng.randint(2, 20)
+    sentences, reasoning = [f"{name} has {amount} {item}."], []
+    for _ in range(rng.randint(1, 3)):
+        change = rng.randint(1, 9)
+        gain = amount + change <= LARGEST_NUMBER and (amount < change or rng.random() < 0.5)
+        result = amount + change if gain else amount - change
+        verb = rng.choice(GAINS if gain else LOSSES)
+        sentences.append(f"{NAMES[name]} {verb} {change}" + (" more." if gain else "."))
+        reasoning.append(f"{'Add' if gain else 'Subtract'}: {amount} {'+' if gain else '-'} {change} = {result}.")
+        amount = result
+    sentences.append(f"How many {item} does {name} have now?")
+    return _answer("word_problem", " ".join(sentences), " ".join(reasoning) + f" The answer is {amount}.")
+
+
+def reverse(rng: random.Random) -> Example:
+    """A list of three to six words, to be written backwards."""
+    words = rng.sample(WORDS, rng.randint(3, 6))
+    return _answer("reverse", f"Reverse the list: {' '.join(words)}", f"Reversed: {' '.join(reversed(words))}")
+
+
+def sort(rng: random.Random) -> Example:
+    """Three to five different numbers, to be written in ascending order."""
+    numbers = rng.sample(range(LARGEST_NUMBER + 1), rng.randint(3, 5))
+    listed, ordered = (" ".join(map(str, values)) for values in (numbers, sorted(numbers)))
+    return _answer("sort", f"Sort the numbers: {listed}", f"Sorted: {ordered}")
+
+
+def sentence(rng: random.Random) -> Example:
+    """A document with one or two numbers or a name blanked in its middle, each of which follows from the rest."""
+    name, (first, second) = rng.choice(list(NAMES)), rng.sample(ITEMS, 2)
+    a, b = rng.randint(1, 15), rng.randint(1, 15)
+    parts = [name, " has", f" {a}", f" {first} and", f" {b}", f" {second}.", f" {a}", " +", f" {b}", " =", f" {a + b}"]
+    parts += [", so", f" {name}", " has", f" {a + b}", " things in all."]
+    hidden = rng.choice([(2,), (4,), (6,), (8,), (10,), (12,), (14,), (2, 6), (4, 8), (10, 14)])
+    starts = list(itertools.accumulate(map(len, parts), initial=0))
+    return Example("sentence", "", "".join(parts), tuple((starts[i], starts[i + 1]) for i in hidden))
+
+
+def _is_solved_grid(text: str) -> bool:
+    rows = [row.split() for row in text.removeprefix("Grid:").split("/")]
+    if [len(row) for row in rows] != [4, 4, 4, 4]:
+        return False
+    columns = list(zip(*rows))
+    boxes = [[rows[r + i][c + j] for i in (0, 1) for j in (0, 1)] for r in (0, 2) for c in (0, 2)]
+    return all(set(group) == set("1234") for group in (*rows, *columns, *boxes))
+
+
+@functools.cache
+def _all_grids() -> list[str]:
+    """The 288 grids of four rows in which every row, column and 2x2 box holds 1, 2, 3 and 4."""
+    permutations = list(itertools.permutations("1234"))
+    grids = []
+    for top in itertools.product(permutations, repeat=2):
+        if len({*top[0][:2], *top[1][:2]}) < 4:
+            continue
+        for bottom in itertools.product(permutations, repeat=2):
+            text = "Grid: " + " / ".join(" ".join(row) for row in (*top, *bottom))
+            if _is_solved_grid(text):
+                grids.append(text)
+    return grids
+
+
+def _has_one_solution(text: str, blanks: tuple[tuple[int, int], ...]) -> bool:
+    given = [i for i, c in enumerate(text) if c.isdigit() and not any(s <= i < e for s, e in blanks)]
+    return sum(all(grid[i] == text[i] for i in given) for grid in _all_grids()) == 1
+
+
+def grid(rng: random.Random) -> Example:
+    """A 4x4 grid with four to ten cells blanked, anywhere, so that exactly one solution remains."""
+    text = rng.choice(_all_grids())
+    cells = [i - 1 for i, c in enumerate(text) if c.isdigit()]  # a cell and the space before it
+    while True:
+        blanks = tuple((i, i + 2) for i in sorted(rng.sample(cells, rng.randint(4, 10))))
+        if _has_one_solution(text, blanks):
+            return Example("grid", "", text, blanks)
+
+
+FAMILIES: dict[str, tuple[Callable[[random.Random], Example], float]] = {
+    "word_problem": (word_problem, 0.45),
+    "reverse": (reverse, 0.15),
+    "sort": (sort, 0.15),
+    "sentence": (sentence, 0.15),
+    "grid": (grid, 0.10),
+}
+"""Generator and share of the training text of each family."""
+
+
+def training_examples(seed: int) -> Iterator[Example]:
+    """An endless stream of training examples in the shares of [`FAMILIES`], the same for the same seed."""
+    rng = random.Random(seed)
+    generators, shares = zip(*FAMILIES.values())
+    while True:
+        example = rng.choices(generators, shares)[0](rng)
+        if not example.held_out:
+            yield example
+
+
+def held_out_examples(family: str, count: int, seed: int = 0) -> list[Example]:
+    """`count` different held-out examples of a family, the same for the same seed."""
+    rng = random.Random(f"{family}-{seed}")
+    generator, _ = FAMILIES[family]
+    examples: dict[Example, None] = {}
+    while len(examples) < count:
+        example = generator(rng)
+        if example.held_out:
+            examples[example] = None
+    return list(examples)
