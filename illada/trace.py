@@ -24,7 +24,7 @@ def check_trace_path(path: Path | None):
 def trace_tokens(
     tokenizer: PreTrainedTokenizerBase, output: MaskedDiffusionGenerationOutput, first_column: int = 0, row: int = 0
 ) -> list[dict]:
-    """The row's tokens from `first_column`, padding left out: `text`, `step` (0 if given) and `confidence` (or None)."""
+    """The row's tokens from `first_column` without padding: `text`, `step` (0 if given), `confidence` (or None)."""
     columns = zip(
         output.sequences[row].tolist(), output.commit_steps[row].tolist(), output.commit_confidences[row].tolist()
     )
@@ -81,6 +81,7 @@ def _picture(tokens: list[dict], path: Path):
     labels = [token["text"].replace("\n", "\\n").replace("$", r"\$") for token in tokens]
     axes.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=8)
     axes.set(ylabel="forward pass", title="Order in which tokens were committed")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
