@@ -58,6 +58,7 @@ TOP_K = Annotated[int | None, typer.Option(help="Candidates of the sampling.", s
 
 def _load(model: str | None, device: str | None, dtype: str):
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -78,7 +79,10 @@ def _load(model: str | None, device: str | None, dtype: str):
             )
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"`--dtype` must be auto, float32, bfloat16 or float16, got {dtype!r}.")
-    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except SafetensorError as error:
+        raise ValueError(f"A safetensors file of {source!r} is damaged: {error}.") from error
     tokenizer = AutoTokenizer.from_pretrained(source)
     return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
