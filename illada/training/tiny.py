@@ -64,6 +64,7 @@ def main(
         data_collator=MaskedDiffusionCollator(config.mask_token_id, keep_prompt_probability=0.75, seed=seed),
     )
     trainer.train()
+    model.generation_config.max_new_tokens = 128
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     (output / "training_log.json").write_text(json.dumps(trainer.state.log_history))
