@@ -1,11 +1,37 @@
+"""iLLaDA and LLaDA, masked diffusion language models, as Transformers models.
+
+Importing the package registers its classes with the Auto classes, so that released checkpoints load with
+`from_pretrained` and without `trust_remote_code`.
+"""
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForMultimodalLM
 
 from .configuration_illada import ILLaDAConfig
 from .configuration_llada import LLaDAConfig
-from .modeling_illada import ILLaDAForCausalLM, ILLaDAModel, ILLaDAPreTrainedModel
+from .denoising import DenoisingStep
+from .generation import MaskedDiffusionGenerationMixin, MaskedDiffusionGenerationOutput
+from .generation_config import MaskedDiffusionGenerationConfig
+from .modeling_illada import ILLaDAForCausalLM, ILLaDAModel, ILLaDAPreTrainedModel, masked_diffusion_loss
 from .modeling_llada import LLaDAModelLM
 
-for config_class, model_class in ((ILLaDAConfig, ILLaDAForCausalLM), (LLaDAConfig, LLaDAModelLM)):
-    AutoConfig.register(config_class.model_type, config_class)
-    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForMultimodalLM):
-        auto_class.register(config_class, model_class)
+__version__ = "0.1.0"
+
+# The release's `AutoModel` has logits, and `transformers serve` loads the multimodal class.
+for _config_class, _model_class in ((ILLaDAConfig, ILLaDAForCausalLM), (LLaDAConfig, LLaDAModelLM)):
+    AutoConfig.register(_config_class.model_type, _config_class)
+    for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForMultimodalLM):
+        _auto_class.register(_config_class, _model_class)
+
+__all__ = [
+    "DenoisingStep",
+    "ILLaDAConfig",
+    "ILLaDAForCausalLM",
+    "ILLaDAModel",
+    "ILLaDAPreTrainedModel",
+    "LLaDAConfig",
+    "LLaDAModelLM",
+    "MaskedDiffusionGenerationConfig",
+    "MaskedDiffusionGenerationMixin",
+    "MaskedDiffusionGenerationOutput",
+    "masked_diffusion_loss",
+]

@@ -40,6 +40,7 @@ class LLaDAModelLM(ILLaDAForCausalLM):
 
     config: LLaDAConfig
     config_class = LLaDAConfig
+    default_canvas = "fixed"
 
 
 register_checkpoint_conversion_mapping("llada", llada_weight_renamings(), overwrite=True)
