@@ -1,0 +1,59 @@
+"""The files beside the weights: tokenizer, chat template, generation settings, card and license."""
+
+import shutil
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from ..configuration_illada import ILLaDAConfig
+from ..generation_config import MaskedDiffusionGenerationConfig
+from .reading import carried_files, read_json
+from .writing import write_json
+
+
+def carry_over(source: Path, folder: Path) -> None:
+    """Copies the files that travel with the weights, byte for byte. Links, as in the Hub's cache, are followed."""
+    for path in carried_files(source):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, folder / path)
+
+
+def declare_mask_token(folder: Path, config: ILLaDAConfig) -> None:
+    """Tells the tokenizer in `folder`, if there is one, which of its tokens is [MASK].
+
+    Raises:
+        ValueError: if the tokenizer has no token of that id, or declares another.
+    """
+    if config.mask_token_id is None or not (folder / "tokenizer_config.json").exists():
+        return
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.mask_token_id == config.mask_token_id:
+        return
+    if tokenizer.mask_token_id is not None:
+        raise ValueError(
+            f"`mask_token_id` is {config.mask_token_id} in the configuration and {tokenizer.mask_token_id} in the "
+            "tokenizer; they must be the same."
+        )
+    mask_token = tokenizer.convert_ids_to_tokens(config.mask_token_id)
+    if mask_token is None:
+        raise ValueError(f"`mask_token_id` is {config.mask_token_id}, and the tokenizer has no token of that id.")
+    # The file alone is edited: saving the tokenizer anew would write a form that older versions cannot read.
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            write_json(folder / name, read_json(folder / name) | {"mask_token": mask_token})
+
+
+def write_generation_config(folder: Path, config: ILLaDAConfig, canvas: str) -> None:
+    """Completes the generation settings in `folder`, or makes them, from the special ids of `config` and the canvas.
+
+    Settings that are there already stay as they are.
+    """
+    generation_config = MaskedDiffusionGenerationConfig()
+    if (folder / "generation_config.json").exists():
+        generation_config = MaskedDiffusionGenerationConfig.from_pretrained(folder)
+    from_config = MaskedDiffusionGenerationConfig.from_model_config(config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"):
+        if getattr(generation_config, name) is None:
+            setattr(generation_config, name, getattr(from_config, name))
+    generation_config.canvas = generation_config.canvas or canvas
+    generation_config.save_pretrained(folder)
