@@ -1,21 +1,24 @@
 """The files beside the weights: tokenizer, chat template, generation settings, card and license."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
 from ..configuration_illada import ILLaDAConfig
 from ..generation_config import MaskedDiffusionGenerationConfig
-from .reading import carried_files, read_json
+from .reading import CARRIED_FILES, read_json
 from .writing import write_json
 
 
-def carry_over(source: Path, folder: Path) -> None:
+def carry_over(source: Path, folder: Path, patterns: Iterable[str] = CARRIED_FILES) -> None:
     """Copies the files that travel with the weights, byte for byte. Links, as in the Hub's cache, are followed."""
-    for path in carried_files(source):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / path, folder / path)
+    for path in (path for pattern in patterns for path in source.glob(pattern)):
+        if path.is_file() and path.suffix != ".py":
+            copy = folder / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def declare_mask_token(folder: Path, config: ILLaDAConfig) -> None:

@@ -21,8 +21,7 @@ FLOATING_DTYPES = {
     "BF16": torch.bfloat16,
 }
 ROWS_AT_ONCE = 4096
-# What travels with the weights. Code does not: the formats written here need none, or bring their own.
-CARRIED_FILES = (
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -30,11 +29,9 @@ CARRIED_FILES = (
     "merges.txt",
     "chat_template*",
     "additional_chat_templates/*",
-    "generation_config.json",
-    "README.md",
-    "LICENSE*",
-    "NOTICE*",
 )
+# What travels with the weights. Code does not: the formats written here need none, or bring their own.
+CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "README.md", "LICENSE*", "NOTICE*")
 
 
 class CheckpointError(ValueError):
@@ -168,12 +165,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
     return content
-
-
-def carried_files(folder: Path) -> list[Path]:
-    """Paths, relative to `folder`, of the files that a conversion copies: tokenizer, chat template, card, license."""
-    files = {path for pattern in CARRIED_FILES for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path.relative_to(folder) for path in files if path.suffix != ".py")
 
 
 def _locate_weights(folder: Path, allow_pickle: bool) -> tuple[list[Path], dict[str, str] | None]:
