@@ -84,10 +84,11 @@ def test_a_converted_llada_generates_the_golden_runs(tmp_path):
 @pytest.mark.parametrize(("family", "canvas"), [("illada", "growing"), ("llada", "fixed")])
 def test_generation_settings_are_completed_and_kept(tmp_path, family, canvas):
     source = copy_release(tmp_path / "source", family)
-    (source / "generation_config.json").write_text(json.dumps({"temperature": 0.3, "do_sample": True, "pad_token_id": 7}))
-    settings = json.loads((convert(source, tmp_path / "out").out / "generation_config.json").read_text())
-    expected = {"temperature": 0.3, "do_sample": True, "pad_token_id": 7, "eos_token_id": 2, "mask_token_id": 5}
-    assert expected.items() <= settings.items() and settings["canvas"] == canvas
+    stated = {"_from_model_config": True, "temperature": 0.3, "do_sample": True, "pad_token_id": 7}
+    (source / "generation_config.json").write_text(json.dumps(stated))
+    settings = AutoModel.from_pretrained(convert(source, tmp_path / "out").out).generation_config
+    assert (settings.temperature, settings.do_sample, settings.pad_token_id) == (0.3, True, 7)
+    assert (settings.eos_token_id, settings.mask_token_id, settings.canvas) == (2, 5, canvas)
 
 
 def test_the_tokenizer_is_carried_over_and_knows_its_mask(tmp_path):

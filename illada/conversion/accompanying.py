@@ -7,7 +7,6 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from ..configuration_illada import ILLaDAConfig
-from ..generation_config import MaskedDiffusionGenerationConfig
 from .reading import CARRIED_FILES, read_json
 from .writing import write_json
 
@@ -51,12 +50,11 @@ def write_generation_config(folder: Path, config: ILLaDAConfig, canvas: str) -> 
 
     Settings that are there already stay as they are.
     """
-    generation_config = MaskedDiffusionGenerationConfig()
-    if (folder / "generation_config.json").exists():
-        generation_config = MaskedDiffusionGenerationConfig.from_pretrained(folder)
-    from_config = MaskedDiffusionGenerationConfig.from_model_config(config)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"):
-        if getattr(generation_config, name) is None:
-            setattr(generation_config, name, getattr(from_config, name))
-    generation_config.canvas = generation_config.canvas or canvas
-    generation_config.save_pretrained(folder)
+    path = folder / "generation_config.json"
+    settings = read_json(path) if path.exists() else {}
+    settings.pop("_from_model_config", None)  # whoever reads this would look at the model's configuration instead
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
+    for name, value in [*((name, getattr(config, name)) for name in names), ("canvas", canvas)]:
+        if settings.get(name) is None and value is not None:
+            settings[name] = value
+    write_json(path, settings)

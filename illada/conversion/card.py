@@ -36,13 +36,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 repo = "path or id of this repository"
 model = AutoModelForCausalLM.from_pretrained(repo, dtype="auto", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(repo)
+tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 output = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=64)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
-With the `illada` package, `import illada` takes the place of `trust_remote_code=True`. Defaults are in
+With the `illada` package, `import illada` takes the place of
+`trust_remote_code=True`. Defaults are in
 `generation_config.json`; `block_length`, `max_denoising_steps` and `remasking` among them are those of masked diffusion.
 
 ## Training data, evaluation, limitations

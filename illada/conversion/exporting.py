@@ -103,7 +103,7 @@ def export_to_hub_folder(
             base_model = base_model or _hub_id(model.name_or_path)
             config = read_config(model.config.to_dict(), type(model).__name__)
             write_model(folder, ModelTensors(model), config, FORMATS["standard"], dtype, max_shard_size)
-            model.generation_config.save_pretrained(folder)
+            model.generation_config.to_json_file(folder / "generation_config.json")
             if checkpoint is not None:  # its card does not describe the merged model
                 carry_over(checkpoint, folder, [pattern for pattern in CARRIED_FILES if pattern != "README.md"])
         if adapter is not None:

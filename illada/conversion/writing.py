@@ -34,16 +34,12 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     out = out.expanduser().resolve()
     partial, previous, lock = (out.parent / f".{out.name}.{suffix}" for suffix in ("partial", "previous", "lock"))
-    if out.exists() and (not out.is_dir() or os.path.ismount(out)):
-        raise FileExistsError(f"`out` must be a new folder, got {out}, which is a file or a mount point.")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise FileExistsError(f"`out` must be a new or an empty folder, got {out}; `overwrite` replaces it.")
-
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=0):
             try:
                 _clear(partial, previous, out)  # what a killed run left
+                _refuse_occupied(out, overwrite)
                 partial.mkdir()
                 yield partial
                 _flush(partial)
@@ -99,6 +95,13 @@ def _save_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
 def _is_finite(tensor: torch.Tensor) -> bool:
     # The extremes are NaN if any value is, and cost no memory, unlike `isfinite`.
     return all(torch.isfinite(extreme) for extreme in tensor.aminmax())
+
+
+def _refuse_occupied(out: Path, overwrite: bool) -> None:
+    if out.exists() and (not out.is_dir() or os.path.ismount(out)):
+        raise FileExistsError(f"`out` must be a new folder, got {out}, which is a file or a mount point.")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise FileExistsError(f"`out` must be a new or an empty folder, got {out}; `overwrite` replaces it.")
 
 
 def _clear(partial: Path, previous: Path, out: Path) -> None:
