@@ -4,6 +4,8 @@ Importing the package registers its classes with the Auto classes, so that relea
 `from_pretrained` and without `trust_remote_code`.
 """
 
+from pathlib import Path
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForMultimodalLM
 
 from .configuration_illada import ILLaDAConfig
@@ -16,6 +18,9 @@ from .modeling_llada import LLaDAModelLM
 
 __version__ = "0.1.0"
 
+EMBEDDED_MODEL = Path(__file__).parent / "checkpoints" / "illada-tiny"
+"""Folder of the small instruction model that comes with the package."""
+
 # The release's `AutoModel` has logits, and `transformers serve` loads the multimodal class.
 for _config_class, _model_class in ((ILLaDAConfig, ILLaDAForCausalLM), (LLaDAConfig, LLaDAModelLM)):
     AutoConfig.register(_config_class.model_type, _config_class)
@@ -23,6 +28,7 @@ for _config_class, _model_class in ((ILLaDAConfig, ILLaDAForCausalLM), (LLaDACon
         _auto_class.register(_config_class, _model_class)
 
 __all__ = [
+    "EMBEDDED_MODEL",
     "DenoisingStep",
     "ILLaDAConfig",
     "ILLaDAForCausalLM",

@@ -53,7 +53,8 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
     Every standard field keeps its standard meaning (`max_new_tokens`, `do_sample`, `temperature`, `top_p`,
     `eos_token_id`, `stop_strings`, `suppress_tokens`, `guidance_scale`, `return_dict_in_generate` ...), and
     `max_new_tokens` may be 0, to fill blanks alone. Fields that presuppose writing from left to right (beams, assisted
-    decoding, forced first tokens ...) are refused. Unset fields take the published quality: exact, greedy, one token per forward.
+    decoding, forced first tokens ...) are refused. Unset fields take the published quality: exact, greedy, one token
+    per forward.
 
     Args:
         block_length (`int`, defaults to 32):

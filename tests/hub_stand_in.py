@@ -53,7 +53,8 @@ class Hub:
                     self.files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     self.files[value["path"]] = self._large[value["oid"]]
-            return 200, {"commitUrl": f"{self.url}/{path.split("/")[3]}/{path.split("/")[4]}/commit/1", "commitOid": "1", "hookOutput": ""}
+            repository = path.removeprefix("/api/models/").removesuffix("/commit/main")
+            return 200, {"commitUrl": f"{self.url}/{repository}/commit/1", "commitOid": "1", "hookOutput": ""}
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}
         if path.startswith("/api/models/"):

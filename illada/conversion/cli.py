@@ -6,10 +6,9 @@ from typing import Annotated
 from huggingface_hub import ModelCard
 from typer import Argument, Option, echo
 
+from .. import EMBEDDED_MODEL
 from . import converting, exporting
 from .converting import MAX_SHARD_SIZE
-
-EMBEDDED_CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "illada-tiny"
 
 Dtype = Annotated[str | None, Option(help="bfloat16, float16, float32 or float64; that of the source if absent.")]
 MaxShardSize = Annotated[str, Option(help='Of a weight file, such as "5GB" or "500MB".')]
@@ -62,8 +61,8 @@ def convert(
 def export(
     out: Annotated[Path, Argument(help="The folder to make.")],
     model: Annotated[
-        str, Option(help="Checkpoint, training output or LoRA adapter: a folder or a Hub id.", show_default="embedded")
-    ] = str(EMBEDDED_CHECKPOINT),
+        str, Option(help="Checkpoint, training output or LoRA adapter: a folder or a Hub id.", show_default="the embedded model")
+    ] = str(EMBEDDED_MODEL),
     adapter: Annotated[str | None, Option(help="LoRA adapter to merge into the weights: a folder or a Hub id.")] = None,
     tokenizer: Annotated[str | None, Option(help="Folder or Hub id, if not beside the weights.")] = None,
     license: Annotated[
