@@ -1,13 +1,13 @@
-"""Configuration of LLaDA checkpoints (`model_type = "llada"`), which this package runs as an iLLaDA of other settings."""
+"""Configuration of LLaDA, `model_type = "llada"`, which this package runs as an iLLaDA of other settings."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 
 from .configuration_illada import ILLaDAConfig
 
-# What the released modelling code can switch and this package does not implement: the field, and the values that it may
-# have, the released one first.
+# What the released modelling code can switch and this package does not implement: the field, and the values that it
+# may have, the released one first.
 IMPLEMENTED_VALUES = {
     "activation_type": ("silu",),
     "alibi": (False, None),
@@ -81,7 +81,7 @@ class LLaDAConfig(ILLaDAConfig):
             value = kwargs.pop(name, allowed[0])
             if value not in allowed:
                 raise ValueError(
-                    f"`{name}` must be {allowed[0]!r}, got {value!r}: this package implements LLaDA as it was released."
+                    f"`{name}` must be {allowed[0]!r}, got {value!r}: this package implements LLaDA as released."
                 )
         for name in IRRELEVANT_FIELDS:
             kwargs.pop(name, None)

@@ -58,7 +58,11 @@ class Hub:
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}
         if path.startswith("/api/models/"):
-            return 200, {"id": path.removeprefix("/api/models/").removesuffix("/revision/main"), "sha": "0", "siblings": []}
+            return 200, {
+                "id": path.removeprefix("/api/models/").removesuffix("/revision/main"),
+                "sha": "0",
+                "siblings": [],
+            }
         return 404, {"error": path}
 
 

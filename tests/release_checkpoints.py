@@ -51,7 +51,9 @@ def write_release(
     if num_files == 1:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     else:
-        write_shards(folder, {f"part-{index}.safetensors": list(state)[index::num_files] for index in range(num_files)}, state)
+        write_shards(
+            folder, {f"part-{index}.safetensors": list(state)[index::num_files] for index in range(num_files)}, state
+        )
     return folder
 
 

@@ -292,7 +292,9 @@ def test_pickles_need_a_flag_and_hold_tensors_alone(tmp_path, capsys):
     with pytest.raises(ValueError, match="pickled weights alone .*: pass `allow_pickle`"):
         convert(source, tmp_path / "refused")
     conversion = convert(source, tmp_path / "out", allow_pickle=True)
-    assert_same_tensors(convert(conversion.out, tmp_path / "back", to="llada").out, write_release(tmp_path / "x", "llada"))
+    assert_same_tensors(
+        convert(conversion.out, tmp_path / "back", to="llada").out, write_release(tmp_path / "x", "llada")
+    )
 
     torch.save({**tensors, "extra": Malicious()}, source / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pytorch_model.bin is damaged or holds more than tensors"):
@@ -314,7 +316,9 @@ def test_a_hub_id_is_read_from_the_cache(tmp_path, monkeypatch):
     """As the Hub's cache has it: a snapshot of links into a folder of blobs."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="`source` 'GSAI-ML/LLaDA-8B-Base' is no folder here and could not be downloaded"):
+    with pytest.raises(
+        OSError, match="`source` 'GSAI-ML/LLaDA-8B-Base' is no folder here and could not be downloaded"
+    ):
         convert("GSAI-ML/LLaDA-8B-Base", tmp_path / "out")
 
     repository, commit = tmp_path / "hub" / "models--GSAI-ML--LLaDA-8B-Base", "0" * 40

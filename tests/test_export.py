@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from hub_stand_in import serve_hub
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from release_checkpoints import contents, copy_release, read_tensors, release
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -262,7 +262,7 @@ def test_a_refused_upload_leaves_the_folder(hub, tmp_path, monkeypatch):
 def test_the_convert_command(tmp_path):
     result = run("convert", release("llada"), tmp_path / "out", "--dtype", "bfloat16", "--max-shard-size", "100KB")
     assert result.exit_code == 0, result.output
-    assert "21 tensors, 130,656 bytes in 2 file(s), bfloat16, LM head not tied." in result.output
+    assert "21 tensors, 130,656 bytes, 2 file(s), bfloat16, LM head not tied." in result.output
     assert "Verified: every tensor byte for byte; logits equal through 2 layer(s)." in result.output
     again = run("convert", release("llada"), tmp_path / "out")
     assert isinstance(again.exception, FileExistsError)

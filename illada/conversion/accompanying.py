@@ -46,15 +46,15 @@ def declare_mask_token(folder: Path, config: ILLaDAConfig) -> None:
 
 
 def write_generation_config(folder: Path, config: ILLaDAConfig, canvas: str) -> None:
-    """Completes the generation settings in `folder`, or makes them, from the special ids of `config` and the canvas.
+    """Completes the generation settings in `folder`, or makes them; what they already say stays as it is.
 
-    Settings that are there already stay as they are.
+    Filled in are the special ids, the canvas, and that decoding is greedy, for a text-generation pipeline would else
+    sample.
     """
     path = folder / "generation_config.json"
     settings = read_json(path) if path.exists() else {}
     settings.pop("_from_model_config", None)  # whoever reads this would look at the model's configuration instead
-    names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
-    for name, value in [*((name, getattr(config, name)) for name in names), ("canvas", canvas)]:
-        if settings.get(name) is None and value is not None:
-            settings[name] = value
-    write_json(path, settings)
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
+    defaults = {name: getattr(config, name) for name in ids} | {"canvas": canvas, "do_sample": False}
+    stated = {name: value for name, value in settings.items() if value is not None}
+    write_json(path, {name: value for name, value in (defaults | stated).items() if value is not None})

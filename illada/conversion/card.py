@@ -18,8 +18,8 @@ _TEMPLATE = """---
 A masked diffusion language model: attention sees both directions, and text is written by filling masks, the surest
 first, instead of from left to right.
 {% if base_model %}
-It derives from [{{ base_model }}](https://huggingface.co/{{ base_model }}){{ " by a LoRA adapter, which is merged into \
-the weights" if merged }}.
+It derives from [{{ base_model }}](https://huggingface.co/{{ base_model }})\
+{{ " by a LoRA adapter, which is merged into the weights" if merged }}.
 {% endif %}
 | | |
 | --- | --- |
@@ -42,9 +42,8 @@ output = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, 
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
-With the `illada` package, `import illada` takes the place of
-`trust_remote_code=True`. Defaults are in
-`generation_config.json`; `block_length`, `max_denoising_steps` and `remasking` among them are those of masked diffusion.
+With the `illada` package, `import illada` takes the place of `trust_remote_code=True`. Defaults are in
+`generation_config.json`; `block_length`, `max_denoising_steps`, `remasking` and `canvas` are those of masked diffusion.
 
 ## Training data, evaluation, limitations
 

@@ -47,23 +47,28 @@ def convert(
         revision=revision,
         allow_pickle=allow_pickle,
     )
+    written = f"{conversion.num_tensors} tensors, {conversion.num_bytes:,} bytes, {conversion.num_shards} file(s)"
     head = "LM head tied" if conversion.tied else "LM head not tied"
-    echo(
-        f"{conversion.out}: {conversion.num_tensors} tensors, {conversion.num_bytes:,} bytes in {conversion.num_shards} "
-        f"file(s), {str(conversion.dtype).removeprefix('torch.')}, {head}."
-    )
+    echo(f"{conversion.out}: {written}, {str(conversion.dtype).removeprefix('torch.')}, {head}.")
     if conversion.untied_by_tensors:
         echo("The source calls its LM head tied but stores another; both were kept, and the head is now untied.")
-    compared = f"logits equal through {conversion.num_layers_compared} layer(s)"
-    echo(f"Verified: every tensor byte for byte; {compared if conversion.num_layers_compared else 'logits not compared'}.")
+    layers = conversion.num_layers_compared
+    logits = f"logits equal through {layers} layer(s)" if layers else "logits not compared, too large"
+    echo(f"Verified: every tensor byte for byte; {logits}.")
 
 
 def export(
     out: Annotated[Path, Argument(help="The folder to make.")],
     model: Annotated[
-        str, Option(help="Checkpoint, training output or LoRA adapter: a folder or a Hub id.", show_default="the embedded model")
+        str,
+        Option(
+            help="Checkpoint, training output or LoRA adapter: a folder or a Hub id.",
+            show_default="the embedded model",
+        ),
     ] = str(EMBEDDED_MODEL),
-    adapter: Annotated[str | None, Option(help="LoRA adapter to merge into the weights: a folder or a Hub id.")] = None,
+    adapter: Annotated[
+        str | None, Option(help="LoRA adapter to merge into the weights: a folder or a Hub id.")
+    ] = None,
     tokenizer: Annotated[str | None, Option(help="Folder or Hub id, if not beside the weights.")] = None,
     license: Annotated[
         str | None, Option(help="Identifier, such as apache-2.0; that of the source's model card if absent.")

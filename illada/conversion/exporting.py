@@ -195,7 +195,7 @@ def _license_of(checkpoint: Path) -> str | None:
 
 
 def _hub_id(name: str | Path) -> str | None:
-    """`name` if it is an id of the form `user/model` and no folder here, so that no path of this machine is published."""
+    """`name` if it has the form `user/model` and is no folder here, so that no path of this machine is published."""
     try:
         validate_repo_id(str(name))
     except HFValidationError:

@@ -37,7 +37,9 @@ def read_config(fields: dict[str, Any], where: str) -> ILLaDAConfig:
     classes = {config_class.model_type: config_class for config_class in (ILLaDAConfig, LLaDAConfig)}
     model_type = fields.get("model_type")
     if model_type not in classes:
-        raise ValueError(f"`model_type` in {where} must be one of {', '.join(map(repr, classes))}, got {model_type!r}.")
+        raise ValueError(
+            f"`model_type` in {where} must be one of {', '.join(map(repr, classes))}, got {model_type!r}."
+        )
     return classes[model_type].from_dict(dict(fields))
 
 

@@ -61,9 +61,7 @@ def make_plan(
     expected = expected_shapes(config)
     head_may_be_absent = config.tie_word_embeddings
     problems = {
-        "missing": [
-            name for name in expected if name not in sources and not (name == HEAD and head_may_be_absent)
-        ],
+        "missing": [name for name in expected if name not in sources and not (name == HEAD and head_may_be_absent)],
         "extra": [stored for name, stored in sources.items() if name not in expected],
         "misshapen": [
             f"{stored} {list(source.infos[stored].shape)} instead of {list(expected[name])}"

@@ -50,7 +50,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor without reading it; `dtype` is a `str` if it is not a floating type that is handled."""
+    """What is known of a tensor without reading it; `dtype` is a `str` if it is no floating type that is handled."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
@@ -82,7 +82,7 @@ class CheckpointTensors:
 
     Args:
         folder (`Path`): holds `model.safetensors`, or shards and `model.safetensors.index.json`.
-        allow_pickle (`bool`): whether `pytorch_model.bin` is read, with `weights_only=True`, if there is no safetensors.
+        allow_pickle (`bool`): whether `pytorch_model.bin` is read, with `weights_only=True`, if there is nothing else.
 
     Raises:
         CheckpointError: if a tensor is not where the index says, is in two files, or in none of the listed ones.
@@ -173,7 +173,7 @@ def _locate_weights(folder: Path, allow_pickle: bool) -> tuple[list[Path], dict[
         single, index = folder / stem, folder / f"{stem}.index.json"
         if not allowed and (single.exists() or index.exists()):
             raise ValueError(
-                f"{folder} holds pickled weights alone ({stem}): pass `allow_pickle` to read them, with `weights_only`."
+                f"{folder} holds pickled weights alone ({stem}): pass `allow_pickle` to read them, as tensors only."
             )
         if index.exists():
             weight_map = read_json(index).get("weight_map")

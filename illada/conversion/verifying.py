@@ -41,9 +41,7 @@ def _same(written: CheckpointTensors, name: str, plan: Plan, source: CheckpointT
 
 
 @torch.no_grad()
-def verify_logits(
-    source: Path, written: Path, config: ILLaDAConfig, plan: Plan, max_bytes: int, seed: int = 0
-) -> int:
+def verify_logits(source: Path, written: Path, config: ILLaDAConfig, plan: Plan, max_bytes: int, seed: int = 0) -> int:
     """Compares the logits of both checkpoints, each loaded by its own configuration and names, on random tokens.
 
     A model that takes more than `max_bytes` is compared with as many of its first layers as fit.
