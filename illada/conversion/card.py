@@ -43,7 +43,7 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
 With the `illada` package, `import illada` takes the place of `trust_remote_code=True`. Defaults are in
-`generation_config.json`; `block_length`, `max_denoising_steps`, `remasking` and `canvas` are those of masked diffusion.
+`generation_config.json`; `canvas`, `block_length`, `max_denoising_steps` and `remasking` belong to masked diffusion.
 
 ## Training data, evaluation, limitations
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.core_model_loading import apply_renamings
+from transformers.core_model_loading import WeightRenaming
 
 from ..configuration_illada import ILLaDAConfig
 from ..configuration_llada import IMPLEMENTED_VALUES, LLaDAConfig
@@ -20,12 +20,18 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 def standard_name(name: str) -> str:
     """The standard name of a tensor: LLaDA's names are translated, and every other is left as it is."""
-    return apply_renamings(name, _RENAMINGS)
+    return _rename(name, _RENAMINGS)
 
 
 def llada_name(name: str) -> str:
     """The LLaDA release's name of a tensor with a standard name."""
-    return apply_renamings(name, _REVERSE_RENAMINGS)
+    return _rename(name, _REVERSE_RENAMINGS)
+
+
+def _rename(name: str, renamings: list[WeightRenaming]) -> str:
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
 
 
 def read_config(fields: dict[str, Any], where: str) -> ILLaDAConfig:
