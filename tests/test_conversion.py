@@ -62,7 +62,7 @@ def test_a_golden_release_becomes_a_standard_checkpoint(tmp_path, family):
     golden = load_file(FIXTURES / family / "logits.safetensors")
     model = AutoModel.from_pretrained(out)
     assert type(model) is ILLaDAForCausalLM
-    assert not model.config.rope_full_precision or family == "llada"
+    assert model.config.rope_full_precision == (family == "llada")
     with torch.no_grad():
         logits = model(golden["input_ids"]).logits
     torch.testing.assert_close(logits, golden["logits_no_mask"], atol=1e-4, rtol=0)

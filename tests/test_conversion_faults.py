@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock
 from release_checkpoints import contents, copy_release, read_tensors, release, write_release
 
-from illada.conversion import CheckpointError, convert, writing
+from illada.conversion import CheckpointError, convert, converting, writing
 
 
 @pytest.fixture(scope="module")
@@ -112,20 +112,21 @@ def test_a_written_file_that_differs_is_noticed(tmp_path, monkeypatch):
     assert_refused(source, tmp_path, CheckpointError, "written differently: model")
 
 
-def test_a_config_that_is_lost_on_the_way_is_noticed(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("lost", "dtype"), [({"rms_norm_eps": 1e-3}, "float32"), ({"rope_full_precision": False}, "bfloat16")]
+)
+def test_a_setting_that_is_lost_on_the_way_is_noticed(tmp_path, monkeypatch, lost, dtype):
     """Equal tensors under another configuration give other logits."""
-    from illada.conversion import converting
-
     original = converting.standard_config
 
     def lossy(*arguments):
         config = original(*arguments)
-        config.rms_norm_eps = 0.1
+        config.update(lost)
         return config
 
     monkeypatch.setattr(converting, "standard_config", lossy)
     source = copy_release(tmp_path / "source", "llada")
-    assert_refused(source, tmp_path, ValueError, "The logits of .* differ from those of ")
+    assert_refused(source, tmp_path, ValueError, "The logits of .* differ from those of ", dtype=dtype)
 
 
 def test_too_little_space_is_noticed_before_writing(tmp_path, monkeypatch):
@@ -142,6 +143,8 @@ def test_a_full_disk(tmp_path, monkeypatch):
     if mount.returncode != 0:
         pytest.skip(f"no small file system can be mounted here: {mount.stderr.strip()}")
     try:
+        with pytest.raises(FileExistsError, match="`out` must be a new folder, .* a mount point"):
+            convert(source, small)
         with pytest.raises(OSError, match="must have .* bytes free"):
             convert(source, small / "out", max_shard_size="50KB")
         assert not list(small.iterdir())

@@ -175,11 +175,13 @@ def _merge(model: "PreTrainedModel | PeftModel", adapter: Path | None, allow_pic
         from peft import PeftModel
     except ImportError:
         raise ImportError("Merging an adapter needs peft: `pip install peft`.") from None
-    if adapter is None:
-        return model.merge_and_unload(safe_merge=True)
-    if not (adapter / "adapter_model.safetensors").exists() and not allow_pickle:
-        raise FileNotFoundError(f"{adapter} holds no adapter_model.safetensors; `allow_pickle` reads pickled ones.")
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    if adapter is not None:
+        if not (adapter / "adapter_model.safetensors").exists() and not allow_pickle:
+            raise FileNotFoundError(f"{adapter} holds no adapter_model.safetensors; `allow_pickle` reads pickled ones.")
+        model = PeftModel.from_pretrained(model, adapter)
+    if not hasattr(model, "merge_and_unload"):
+        raise ValueError(f"`adapter` must be one that merges, such as LoRA, got {model.active_peft_config.peft_type}.")
+    return model.merge_and_unload(safe_merge=True)
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase | str | Path | None, folder: Path) -> None:

@@ -61,11 +61,15 @@ def verify_logits(source: Path, written: Path, config: ILLaDAConfig, plan: Plan,
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(config.vocab_size, (2, min(16, config.max_position_embeddings)), generator=generator)
     expected, actual = (_logits(folder, num_layers, plan, input_ids) for folder in (source, written))
-    try:
-        torch.testing.assert_close(actual, expected)
-    except AssertionError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"The logits of {written} differ from those of {source}: {reason}") from None
+    # Rounding that depends on where a tensor lies in memory is below half a unit in the last place; a precision, an
+    # epsilon or a rotation that got lost is above.
+    tolerance = max(torch.finfo(plan.dtype).eps / 2, 1e-5)
+    difference = ((actual - expected).norm() / expected.norm()).item()
+    if not difference <= tolerance:
+        raise ValueError(
+            f"The logits of {written} differ from those of {source} by {difference:.1e} of their norm, more than "
+            f"{tolerance:.1e}."
+        )
     return num_layers
 
 
@@ -75,7 +79,7 @@ def _logits(folder: Path, num_layers: int, plan: Plan, input_ids: torch.LongTens
         config.num_hidden_layers = num_layers
         config.tie_word_embeddings = plan.tied  # a source may say so against its own tensors
         model = AutoModel.from_pretrained(folder, config=config, dtype=plan.dtype)
-    return model.eval()(input_ids).logits
+    return model.eval()(input_ids).logits.double()
 
 
 @contextmanager
