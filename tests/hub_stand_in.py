@@ -8,11 +8,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Hub:
-    """Attributes:
-    repositories (`dict[str, dict]`): what `create` was sent, by id.
-    files (`dict[str, bytes]`): of the commit, by path in the repository.
-    tokens (`set[str]`): authorisation of all requests.
-    commit_message (`str`)
+    """What was uploaded.
+
+    Attributes:
+        repositories (`dict[str, dict]`): what `create` was sent, by id.
+        files (`dict[str, bytes]`): of the commit, by path in the repository.
+        tokens (`set[str]`): authorisation of all requests.
+        commit_message (`str`): of the commit.
+        refuse_uploads (`bool`): whether commits are answered with 403.
     """
 
     def __init__(self):

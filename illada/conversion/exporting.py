@@ -10,7 +10,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_illada import ILLaDAForCausalLM
 from .accompanying import carry_over
@@ -153,6 +152,8 @@ def _locate(
     source: str | Path, adapter: str | Path | None, revision: str | None, allow_pickle: bool
 ) -> tuple[Path, Path | None]:
     """The folders of the checkpoint and of the adapter, where the source may be a training output or an adapter."""
+    from transformers.trainer_utils import get_last_checkpoint  # slow to import, and seldom needed
+
     folder = locate_checkpoint(source, revision, allow_pickle)
     holds = {name for name in ("config.json", "adapter_config.json") if (folder / name).exists()}
     if not holds and (last := get_last_checkpoint(folder)) is not None:
@@ -177,7 +178,9 @@ def _merge(model: "PreTrainedModel | PeftModel", adapter: Path | None, allow_pic
         raise ImportError("Merging an adapter needs peft: `pip install peft`.") from None
     if adapter is not None:
         if not (adapter / "adapter_model.safetensors").exists() and not allow_pickle:
-            raise FileNotFoundError(f"{adapter} holds no adapter_model.safetensors; `allow_pickle` reads pickled ones.")
+            raise FileNotFoundError(
+                f"{adapter} holds no adapter_model.safetensors; `allow_pickle` reads pickled ones."
+            )
         model = PeftModel.from_pretrained(model, adapter)
     if not hasattr(model, "merge_and_unload"):
         raise ValueError(f"`adapter` must be one that merges, such as LoRA, got {model.active_peft_config.peft_type}.")

@@ -15,11 +15,13 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING_DTYPES.
 
 @dataclass(frozen=True)
 class Plan:
-    """Attributes:
-    sources (`dict[str, str]`): name of each tensor in the output to its name in the source.
-    split (`StateDictSplit`): which file of the output holds which tensors.
-    dtype (`torch.dtype`): of every tensor in the output.
-    tied (`bool`): whether the LM head is the embedding.
+    """What goes into which file of the output, and where it comes from.
+
+    Attributes:
+        sources (`dict[str, str]`): name of each tensor in the output to its name in the source.
+        split (`StateDictSplit`): which file of the output holds which tensors.
+        dtype (`torch.dtype`): of every tensor in the output.
+        tied (`bool`): whether the LM head is the embedding.
     """
 
     sources: dict[str, str]
