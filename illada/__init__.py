@@ -15,6 +15,7 @@ from .generation import MaskedDiffusionGenerationMixin, MaskedDiffusionGeneratio
 from .generation_config import MaskedDiffusionGenerationConfig
 from .modeling_illada import ILLaDAForCausalLM, ILLaDAModel, ILLaDAPreTrainedModel, masked_diffusion_loss
 from .modeling_llada import LLaDAModelLM
+from .revision import RevisionOutput
 
 __version__ = "0.1.0"
 
@@ -39,5 +40,6 @@ __all__ = [
     "MaskedDiffusionGenerationConfig",
     "MaskedDiffusionGenerationMixin",
     "MaskedDiffusionGenerationOutput",
+    "RevisionOutput",
     "masked_diffusion_loss",
 ]
