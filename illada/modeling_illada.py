@@ -16,7 +16,6 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, MaskedLMOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
     LlamaDecoderLayer,
     LlamaMLP,
     LlamaModel,
@@ -24,6 +23,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.models.olmo.modeling_olmo import OlmoAttention, OlmoRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -32,8 +32,12 @@ from .generation import MaskedDiffusionGenerationMixin
 from .generation_config import MaskedDiffusionGenerationConfig
 
 
-class ILLaDAAttention(LlamaAttention):
-    """Llama's grouped-query attention in both directions, with residual dropout on its output."""
+class ILLaDAAttention(OlmoAttention):
+    """Llama's grouped-query attention in both directions, with residual dropout on its output.
+
+    OLMo's is Llama's to the last bit, and rotates queries and keys in the precision of the position embeddings, which
+    may be higher than their own.
+    """
 
     def __init__(self, config: ILLaDAConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -91,7 +95,9 @@ class ILLaDAModel(ILLaDAPreTrainedModel, LlamaModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(ILLaDADecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        # The two differ in the precision of what they return: OLMo's keeps fp32.
+        rotary_embedding_class = OlmoRotaryEmbedding if config.rope_full_precision else LlamaRotaryEmbedding
+        self.rotary_emb = rotary_embedding_class(config=config)
         self.gradient_checkpointing = False
         self.post_init()
 
