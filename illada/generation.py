@@ -116,9 +116,21 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
             ValueError: names the argument, its value and what is allowed, before the first forward pass.
         """
         # 1. Settings, prompts, canvas
+        for name, value, kind in (
+            ("generation_config", generation_config, GenerationConfig),
+            ("logits_processor", logits_processor, list),
+            ("stopping_criteria", stopping_criteria, list),
+            ("on_step", on_step, Callable),
+            ("generator", generator, torch.Generator),
+            ("attention_mask", attention_mask, torch.Tensor),
+        ):
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"`{name}` must be a {kind.__name__}, got {value!r}.")
         config = self._prepare_settings(generation_config, kwargs)
         input_ids, attention_mask = self._prepare_prompts(inputs, input_ids, attention_mask, config)
         max_new_tokens = self._prepare_max_new_tokens(input_ids, attention_mask, config)
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise ValueError(f"`streamer` must have the methods `put` and `end`, got {streamer!r}.")
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(f"`streamer` must be given with one prompt, got a batch of {len(input_ids)}.")
         stopping_criteria = self._prepare_stopping_criteria(config, stopping_criteria, tokenizer)
@@ -191,6 +203,15 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
             if getattr(config, name) is None:
                 raise ValueError(f"`{name}` must be set in the model's config or passed to `generate`, got None.")
         config.validate()
+        for name, ids in (
+            ("mask_token_id", [config.mask_token_id]),
+            ("pad_token_id", [config.pad_token_id]),
+            ("eos_token_id", config.eos_token_ids),
+            ("end_think_token_ids", config.end_think_token_ids or []),
+            ("suppress_tokens", config.suppress_tokens or []),
+        ):
+            if any(token_id >= self.config.vocab_size for token_id in ids):
+                raise ValueError(f"`{name}` must be in the vocabulary of {self.config.vocab_size} tokens, got {ids}.")
         return config
 
     def _prepare_prompts(
@@ -273,8 +294,10 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
         if config.max_time is not None:
             criteria.append(MaxTimeCriteria(config.max_time))
         if config.stop_strings is not None:
-            if tokenizer is None:
-                raise ValueError(f"`tokenizer` must be passed with `stop_strings`={config.stop_strings!r}, got None.")
+            if not isinstance(tokenizer, PreTrainedTokenizerBase):
+                raise ValueError(
+                    f"`tokenizer` must be passed with `stop_strings`={config.stop_strings!r}, got {tokenizer!r}."
+                )
             criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
         return criteria
 
