@@ -181,6 +181,7 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig | None, kwargs: dict
     ) -> MaskedDiffusionGenerationConfig:
         """Merges keyword arguments, the given config, the model's own and the defaults; the earlier wins."""
+        self.generation_config = self._as_masked_diffusion_config(self.generation_config)  # it holds the defaults
         base = self._as_masked_diffusion_config(generation_config)
         config, _ = self._prepare_generation_config(base)
         unknown = config.update(**kwargs)
