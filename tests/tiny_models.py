@@ -1,6 +1,10 @@
 """Models for tests of decoding: small random ones, and one whose logits are a table that the test writes down."""
 
+import string
+
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import MaskedLMOutput
 
 from illada import ILLaDAConfig, ILLaDAForCausalLM, ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin
@@ -80,3 +84,16 @@ def pad_left(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
         "input_ids": torch.tensor([[PAD] * (width - len(prompt)) + prompt for prompt in prompts]),
         "attention_mask": torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
     }
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 37 tokens: six special ones, `a` to `z` from 6 on, a space, `ab`, `cd`, a newline."""
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<x>", "<[MASK]>"]
+    vocab = [*special, *string.ascii_lowercase, "\u0120", "ab", "cd", "\u010a", "."]
+    model = models.BPE({token: index for index, token in enumerate(vocab)}, [("a", "b"), ("c", "d")])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>", mask_token="<[MASK]>"
+    )
