@@ -41,7 +41,7 @@ class MaskedDiffusionGenerationOutput(ModelOutput):
         num_forward_passes (`torch.LongTensor` of shape `(B,)`):
             Forward passes of the model in which the row took part; a guided pass counts once.
         tokens_per_forward (`torch.FloatTensor` of shape `(B,)`):
-            Tokens that were generated for the row, its EOS included, per forward pass.
+            Tokens that were generated for the row, its EOS included, per forward pass; 0 if it took part in none.
         commit_steps (`torch.LongTensor` of shape `(B, S)`, with `output_trace=True`):
             The row's forward pass, counted from 1, that committed the position; 0 for given tokens and padding.
         commit_confidences (`torch.FloatTensor` of shape `(B, S)`, with `output_trace=True`):
@@ -380,7 +380,7 @@ def _output(canvas: Canvas, config: MaskedDiffusionGenerationConfig) -> MaskedDi
     output = MaskedDiffusionGenerationOutput(
         sequences=torch.where(is_kept, canvas.tokens, config.pad_token_id)[:, :width],
         num_forward_passes=canvas.num_forward_passes,
-        tokens_per_forward=(is_written & ~canvas.given).sum(-1) / canvas.num_forward_passes,
+        tokens_per_forward=(is_written & ~canvas.given).sum(-1) / canvas.num_forward_passes.clamp(min=1),
     )
     if config.output_trace:
         output.commit_steps = canvas.commit_steps.masked_fill(~is_written, 0)[:, :width]
