@@ -96,7 +96,7 @@ class Canvas:
         )
 
     def finish(self, finished: torch.BoolTensor, ends: torch.LongTensor):
-        """Finishes the rows of `finished` (B,), whose texts end before the columns `ends` (B,); the least end counts."""
+        """Finishes the rows of `finished` (B,), whose texts end before the columns `ends` (B,). The least counts."""
         self.ends = torch.where(finished & (self.live | (ends < self.ends)), ends, self.ends)
         self.live = self.live & ~finished
 
