@@ -5,9 +5,8 @@ from functools import lru_cache
 
 import pytest
 import torch
-
-from .oracle import oracle_generate
-from .tiny_models import EOS, MASK, PAD, pad_left, random_model
+from oracle import oracle_generate
+from tiny_models import EOS, MASK, PAD, pad_left, random_model
 
 NUM_SETTINGS = 200
 

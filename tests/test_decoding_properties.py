@@ -3,8 +3,7 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from .tiny_models import EOS, MASK, PAD, pad_left, random_model
+from tiny_models import EOS, MASK, PAD, pad_left, random_model
 
 # Derandomized: the same examples on every machine and every run.
 settings.register_profile("decoding", derandomize=True, max_examples=25, deadline=None, database=None)

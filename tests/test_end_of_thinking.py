@@ -4,10 +4,9 @@ import random
 
 import pytest
 import torch
+from tiny_models import EOS, MASK, PAD, TableModel, pad_left, prompt_of, random_model, table_of
 
 from illada.end_of_thinking import EndOfThinkingBoost
-
-from .tiny_models import EOS, MASK, PAD, TableModel, pad_left, prompt_of, random_model, table_of
 
 # "Until the response holds the id sequence of </think>, add boost * progress ** power to the logit of that sequence's
 # next id (continuing a partial match that ends right before) at the row's first masked position of the active block;

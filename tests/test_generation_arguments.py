@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from tiny_models import MASK, PAD, random_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
 from illada import MaskedDiffusionGenerationConfig
-
-from .tiny_models import MASK, PAD, random_model
 
 PROMPT = torch.tensor([[7, 8, 9]])
 NAN, INF = float("nan"), float("inf")

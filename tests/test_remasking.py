@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from tiny_models import TableModel, prompt_of, table_of
 
 from illada.remasking import (
     RANKINGS,
@@ -16,8 +17,6 @@ from illada.remasking import (
     entropy,
     token_probability,
 )
-
-from .tiny_models import TableModel, prompt_of, table_of
 
 A, B, C, D = 6, 7, 8, 9
 

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from tiny_models import MASK, TableModel, pad_left, prompt_of, random_model, table_of
 from transformers import LogitsProcessor, LogitsProcessorList
-
-from .tiny_models import MASK, TableModel, pad_left, prompt_of, random_model, table_of
 
 A, B, C, D = 6, 7, 8, 9
 PROBABILITIES = {A: 0.4, B: 0.3, C: 0.2, D: 0.1}

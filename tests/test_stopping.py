@@ -4,10 +4,9 @@ import itertools
 
 import pytest
 import torch
+from tiny_models import EOS, MASK, PAD, TableModel, pad_left, prompt_of, random_model, table_of, tiny_tokenizer
 from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation import stopping_criteria as transformers_criteria
-
-from .tiny_models import EOS, MASK, PAD, TableModel, pad_left, prompt_of, random_model, table_of, tiny_tokenizer
 
 A, B, C, D = 6, 7, 8, 9  # "a", "b", "c", "d"
 AB, CD = 33, 34  # "ab", "cd"

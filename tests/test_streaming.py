@@ -5,10 +5,9 @@ from threading import Thread
 
 import pytest
 import torch
+from tiny_models import EOS, MASK, TableModel, random_model, table_of, tiny_tokenizer
 from transformers import TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import TextDiffusionStreamer
-
-from .tiny_models import EOS, MASK, TableModel, random_model, table_of, tiny_tokenizer
 
 A, B, C, D = 6, 7, 8, 9
 SPACE, NEWLINE = 32, 35
