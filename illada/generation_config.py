@@ -110,7 +110,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
     def from_model_config(cls, model_config) -> "MaskedDiffusionGenerationConfig":
         """Takes the special ids from a model config, and nothing else."""
         names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
-        return cls(**{name: getattr(model_config, name, None) for name in names}, _from_model_config=True)
+        return cls(**{name: getattr(model_config, name, None) for name in names})
 
     @staticmethod
     def _get_default_generation_params() -> dict[str, Any]:

@@ -36,6 +36,7 @@ def main(
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
+        initializer_range=0.056,  # sqrt(2 / (5 * hidden_size)), iLLaDA's own scaling
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
     model = ILLaDAForCausalLM(config)
