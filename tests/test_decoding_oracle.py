@@ -1,7 +1,7 @@
 """`generate` against a second implementation of the published samplers, token for token, over random settings."""
 
 import random
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tiny_models import EOS, MASK, PAD, pad_left, random_model
 NUM_SETTINGS = 200
 
 
-@lru_cache
+@cache
 def _model(seed: int):
     return random_model(seed)
 
@@ -41,7 +41,7 @@ def _setting(seed: int) -> tuple[int, list[list[int]], dict]:
     return rng.randrange(5), prompts, arguments
 
 
-@lru_cache
+@cache
 def _answer(seed: int) -> list[tuple[list[int], int]]:
     """The oracle's (tokens, forward passes) for every row."""
     model_seed, prompts, arguments = _setting(seed)
