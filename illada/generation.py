@@ -96,7 +96,7 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
             logits_processor (`LogitsProcessorList`, *optional*):
                 Called with one row per masked position: the canvas of its text, in which padding reads as [MASK], and
                 its logits (M, V). Confidence is taken from what they return.
-            stopping_criteria (`StoppingCriteriaList`, *optional*): asked at the end of each block.
+            stopping_criteria (`StoppingCriteriaList`, *optional*): asked at the end of each block of the response.
             streamer (`BaseStreamer`, *optional*):
                 For one prompt. Receives the prompt, each settled block and, if it has `put_draft`, after each step
                 the block with the current predictions in place of its masks.
@@ -362,10 +362,10 @@ def _schedule(canvas: Canvas, config: MaskedDiffusionGenerationConfig, max_new_t
 
 def _finish_at_stop(canvas: Canvas, block: Block, stopping_criteria: StoppingCriteriaList):
     """Finishes the rows that a criterion stops; a stop string ends a row right where it is complete."""
+    if block.start < canvas.prompt_length:
+        return  # blanks of the prompt: there is no response yet that could be stopped
     for criterion in stopping_criteria:
-        first = (
-            max(block.start + 1, canvas.prompt_length + 1) if isinstance(criterion, StopStringCriteria) else block.end
-        )
+        first = block.start + 1 if isinstance(criterion, StopStringCriteria) else block.end
         for end in range(first, block.end + 1):
             stopped = criterion(canvas.tokens[:, :end], None)
             canvas.finish(stopped, torch.full_like(canvas.ends, end))

@@ -200,6 +200,16 @@ def test_a_criterion_stops_rows_one_by_one():
     assert output.num_forward_passes.tolist() == [4, 2]
 
 
+def test_criteria_are_not_asked_before_there_is_a_response():
+    """A row without blanks would else be stopped because a row beside it has some, and blanks would stay open."""
+    criterion = _Criterion([[True, True]])
+    output = writer_of([A, B, C, D], prompt_length=1).generate(
+        torch.tensor([[7, MASK, MASK], [7, 7, 7]]), max_new_tokens=2, block_length=1, stopping_criteria=[criterion]
+    )
+    assert criterion.seen == [[[7, A, B, C], [7, 7, 7, C]]]
+    assert output.tolist() == [[7, A, B, C], [7, 7, 7, C]]
+
+
 def test_transformers_own_criteria_work():
     output = writer_of([A] * 9).generate(
         prompt_of(2), max_new_tokens=9, block_length=2, stopping_criteria=[MaxLengthCriteria(5)]
