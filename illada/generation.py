@@ -328,7 +328,7 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
         if first_eos > prompt_length and config.eos_token_ids:
 
             def suppress_early_eos(tokens, rows, columns, logits):
-                is_early = (columns < first_eos).unsqueeze(-1)
+                is_early = ((columns >= prompt_length) & (columns < first_eos)).unsqueeze(-1)
                 is_eos = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
                 is_eos[config.eos_token_ids] = True
                 return logits.masked_fill(is_early & is_eos, -torch.inf)

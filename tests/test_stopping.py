@@ -267,6 +267,12 @@ def test_no_eos_before_the_least_length(arguments, block_length):
     assert output.tolist() == [[7, A, 3, 3, EOS]]
 
 
+def test_the_least_length_is_the_responses_and_says_nothing_of_blanks():
+    model = writer_of([EOS, A])
+    output = model.generate(torch.tensor([[7, MASK]]), max_new_tokens=3, min_new_tokens=2, block_length=1)
+    assert output.tolist() == [[7, EOS, A, 3, EOS]]
+
+
 def test_blanks_alone():
     """`max_new_tokens=0` appends nothing; a row without blanks takes part in no pass."""
     output = writer_of([A, B], prompt_length=1).generate(
