@@ -13,6 +13,7 @@ from .denoising import DenoisingStep
 from .generation import MaskedDiffusionGenerationMixin, MaskedDiffusionGenerationOutput
 from .generation_config import MaskedDiffusionGenerationConfig
 from .modeling_illada import ILLaDAForCausalLM, ILLaDAModel, ILLaDAPreTrainedModel, masked_diffusion_loss
+from .revision import RevisionOutput
 
 __version__ = "0.1.0"
 
@@ -34,5 +35,6 @@ __all__ = [
     "MaskedDiffusionGenerationConfig",
     "MaskedDiffusionGenerationMixin",
     "MaskedDiffusionGenerationOutput",
+    "RevisionOutput",
     "masked_diffusion_loss",
 ]

@@ -6,6 +6,7 @@ block after block; a *denoising step* predicts the masks of the block and commit
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -25,8 +26,9 @@ from transformers.utils import ModelOutput
 from .canvas import Block, Canvas
 from .denoising import Denoiser, DenoisingStep, PositionProcessor
 from .end_of_thinking import EndOfThinkingBoost
-from .generation_config import MaskedDiffusionGenerationConfig
+from .generation_config import PRESETS, MaskedDiffusionGenerationConfig
 from .remasking import commit_quotas
+from .revision import RevisionOutput, check_revision, least_likely, leave_one_out_confidences
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -106,7 +108,8 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
             tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for `stop_strings`.
             attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*):
                 0 for padding. If absent, leading pad tokens are padding, unless pad is an EOS too.
-            kwargs: fields of [`MaskedDiffusionGenerationConfig`].
+            kwargs: fields of [`MaskedDiffusionGenerationConfig`], or `preset`, a name in
+                `generation_config.PRESETS`, whose fields other arguments override.
 
         Returns:
             `torch.LongTensor` of shape `(B, S + new)`, or a [`MaskedDiffusionGenerationOutput`] with
@@ -165,6 +168,77 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
         output = _output(canvas, config)
         return output if config.return_dict_in_generate else output.sequences
 
+    @torch.no_grad()
+    def revise(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        fraction: float | None = None,
+        threshold: float | None = None,
+        protected: torch.BoolTensor | None = None,
+        num_rounds: int = 1,
+        num_scoring_passes: int | None = None,
+        **kwargs,
+    ) -> RevisionOutput:
+        """Masks the tokens of a finished text that are least likely in its context, and writes them anew.
+
+        A round asks the model how likely each token is given all others (`leave_one_out_confidences`), masks the least
+        likely and fills them as `generate` fills blanks. It ends early when a round changes nothing.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, S)`): finished texts, padded on the left, without [MASK].
+            attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): as in `generate`.
+            fraction (`float`, *optional*): in (0, 1]; this share of a row's tokens is written anew, rounded up.
+            threshold (`float`, *optional*): in (0, 1]; or every token less likely than this.
+            protected (`torch.BoolTensor` of shape `(B, S)`, *optional*):
+                True for tokens that must stay. BOS, EOS, padding and [MASK] ids are always protected.
+            num_rounds (`int`, defaults to 1).
+            num_scoring_passes (`int`, *optional*):
+                Forward passes to ask how likely the tokens are; one per token if absent, which is exact.
+            kwargs: fields of [`MaskedDiffusionGenerationConfig`] and arguments of `generate` for the filling.
+
+        Raises:
+            ValueError: names the argument, its value and what is allowed, before the first forward pass.
+        """
+        check_revision(fraction, threshold, num_rounds, num_scoring_passes)
+        settings = {**kwargs, "max_new_tokens": 0, "return_dict_in_generate": True}
+        arguments = inspect.signature(self.generate).parameters
+        fields = {name: value for name, value in settings.items() if name not in arguments}
+        config = self._prepare_settings(settings.get("generation_config"), fields)
+        tokens, mask = self._prepare_prompts(None, input_ids, attention_mask, config)
+        if (tokens == config.mask_token_id).any():
+            raise ValueError("`input_ids` must be finished texts, got a [MASK]: fill it with `generate` first.")
+        if protected is not None and protected.shape != tokens.shape:
+            raise ValueError(f"`protected` must be {tuple(tokens.shape)}, got {tuple(protected.shape)}.")
+        special_ids = [config.bos_token_id, config.pad_token_id, *config.eos_token_ids]
+        special = torch.tensor([token_id for token_id in special_ids if token_id is not None], device=tokens.device)
+        asked = mask & ~torch.isin(tokens, special)
+        if protected is not None:
+            asked &= ~protected.to(tokens.device).bool()
+
+        original, first_confidences, rounds_run = tokens, None, 0
+        while rounds_run < num_rounds:
+            rounds_run += 1
+            confidences = leave_one_out_confidences(
+                self, tokens, mask, asked, config.mask_token_id, num_scoring_passes
+            )
+            first_confidences = confidences if first_confidences is None else first_confidences
+            remasked = least_likely(confidences, fraction, threshold)
+            if not remasked.any():
+                break
+            masked = tokens.masked_fill(remasked, config.mask_token_id)
+            revised = self.generate(masked, attention_mask=mask, **settings).sequences
+            if torch.equal(revised, tokens):
+                break
+            tokens = revised
+        return RevisionOutput(
+            sequences=tokens,
+            changed=tokens != original,
+            confidences=first_confidences,
+            num_rounds=rounds_run,
+        )
+
     def adjust_generation_fn(self, generation_config, *args, **kwargs):
         """Called by `from_pretrained`: makes the generation config that it loads one of masked diffusion."""
         super().adjust_generation_fn(generation_config, *args, **kwargs)
@@ -182,6 +256,10 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
     ) -> MaskedDiffusionGenerationConfig:
         """Merges keyword arguments, the given config, the model's own and the defaults; the earlier wins."""
         self.generation_config = self._as_masked_diffusion_config(self.generation_config)  # it holds the defaults
+        if (preset := kwargs.pop("preset", None)) is not None:
+            if preset not in PRESETS:
+                raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}, got {preset!r}.")
+            kwargs = {**PRESETS[preset], **kwargs}
         base = self._as_masked_diffusion_config(generation_config)
         config, _ = self._prepare_generation_config(base)
         unknown = config.update(**kwargs)

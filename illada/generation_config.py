@@ -9,6 +9,13 @@ from .remasking import RANKINGS
 
 CANVASES = ("growing", "fixed")
 
+PRESETS: dict[str, dict] = {
+    "exact": {"confidence_threshold": None, "confidence_factor": None, "entropy_bound": None},
+    "fast": {"confidence_threshold": 0.9},
+}
+"""Settings by name. `exact` is the published quality, one token per forward pass; `docs/generation.md` has the
+measured accuracy and speed of each."""
+
 # Standard fields that presuppose writing from left to right, with the values that leave them unused.
 _LEFT_TO_RIGHT_FIELDS: dict[str, tuple] = {
     "num_beams": (None, 1),
