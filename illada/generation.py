@@ -257,7 +257,7 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
         """Merges keyword arguments, the given config, the model's own and the defaults; the earlier wins."""
         self.generation_config = self._as_masked_diffusion_config(self.generation_config)  # it holds the defaults
         if (preset := kwargs.pop("preset", None)) is not None:
-            if preset not in PRESETS:
+            if preset not in tuple(PRESETS):
                 raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}, got {preset!r}.")
             kwargs = {**PRESETS[preset], **kwargs}
         base = self._as_masked_diffusion_config(generation_config)

@@ -111,6 +111,7 @@ BAD_ARGUMENTS = {
         torch.tensor([[1, 1, 0]]),  # padding on the right
         torch.tensor([[1, 0, 1]]),  # and inside
     ),
+    "preset": ("slow", 3, ["fast"]),
     # unknown ones, a misspelt name and arguments of other ways of writing among them
     "confidense_threshold": (0.5,),
     "steps": (4,),
