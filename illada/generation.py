@@ -43,7 +43,7 @@ class MaskedDiffusionGenerationOutput(ModelOutput):
         num_forward_passes (`torch.LongTensor` of shape `(B,)`):
             Forward passes of the model in which the row took part; a guided pass counts once.
         tokens_per_forward (`torch.FloatTensor` of shape `(B,)`):
-            Tokens that were generated for the row, its EOS included, per forward pass.
+            Tokens that were generated for the row, its EOS included, per forward pass; 0 if it took part in none.
         commit_steps (`torch.LongTensor` of shape `(B, S)`, with `output_trace=True`):
             The row's forward pass, counted from 1, that committed the position; 0 for given tokens and padding.
         commit_confidences (`torch.FloatTensor` of shape `(B, S)`, with `output_trace=True`):
@@ -98,7 +98,7 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
             logits_processor (`LogitsProcessorList`, *optional*):
                 Called with one row per masked position: the canvas of its text, in which padding reads as [MASK], and
                 its logits (M, V). Confidence is taken from what they return.
-            stopping_criteria (`StoppingCriteriaList`, *optional*): asked at the end of each block.
+            stopping_criteria (`StoppingCriteriaList`, *optional*): asked at the end of each block of the response.
             streamer (`BaseStreamer`, *optional*):
                 For one prompt. Receives the prompt, each settled block and, if it has `put_draft`, after each step
                 the block with the current predictions in place of its masks.
@@ -119,9 +119,21 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
             ValueError: names the argument, its value and what is allowed, before the first forward pass.
         """
         # 1. Settings, prompts, canvas
+        for name, value, kind in (
+            ("generation_config", generation_config, GenerationConfig),
+            ("logits_processor", logits_processor, list),
+            ("stopping_criteria", stopping_criteria, list),
+            ("on_step", on_step, Callable),
+            ("generator", generator, torch.Generator),
+            ("attention_mask", attention_mask, torch.Tensor),
+        ):
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"`{name}` must be a {kind.__name__}, got {value!r}.")
         config = self._prepare_settings(generation_config, kwargs)
         input_ids, attention_mask = self._prepare_prompts(inputs, input_ids, attention_mask, config)
         max_new_tokens = self._prepare_max_new_tokens(input_ids, attention_mask, config)
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise ValueError(f"`streamer` must have the methods `put` and `end`, got {streamer!r}.")
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(f"`streamer` must be given with one prompt, got a batch of {len(input_ids)}.")
         stopping_criteria = self._prepare_stopping_criteria(config, stopping_criteria, tokenizer)
@@ -243,8 +255,9 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig | None, kwargs: dict
     ) -> MaskedDiffusionGenerationConfig:
         """Merges keyword arguments, the given config, the model's own and the defaults; the earlier wins."""
+        self.generation_config = self._as_masked_diffusion_config(self.generation_config)  # it holds the defaults
         if (preset := kwargs.pop("preset", None)) is not None:
-            if preset not in PRESETS:
+            if preset not in tuple(PRESETS):
                 raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}, got {preset!r}.")
             kwargs = {**PRESETS[preset], **kwargs}
         base = self._as_masked_diffusion_config(generation_config)
@@ -269,6 +282,15 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
             if getattr(config, name) is None:
                 raise ValueError(f"`{name}` must be set in the model's config or passed to `generate`, got None.")
         config.validate()
+        for name, ids in (
+            ("mask_token_id", [config.mask_token_id]),
+            ("pad_token_id", [config.pad_token_id]),
+            ("eos_token_id", config.eos_token_ids),
+            ("end_think_token_ids", config.end_think_token_ids or []),
+            ("suppress_tokens", config.suppress_tokens or []),
+        ):
+            if any(token_id >= self.config.vocab_size for token_id in ids):
+                raise ValueError(f"`{name}` must be in the vocabulary of {self.config.vocab_size} tokens, got {ids}.")
         return config
 
     def _prepare_prompts(
@@ -351,8 +373,10 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
         if config.max_time is not None:
             criteria.append(MaxTimeCriteria(config.max_time))
         if config.stop_strings is not None:
-            if tokenizer is None:
-                raise ValueError(f"`tokenizer` must be passed with `stop_strings`={config.stop_strings!r}, got None.")
+            if not isinstance(tokenizer, PreTrainedTokenizerBase):
+                raise ValueError(
+                    f"`tokenizer` must be passed with `stop_strings`={config.stop_strings!r}, got {tokenizer!r}."
+                )
             criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
         return criteria
 
@@ -382,7 +406,7 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
         if first_eos > prompt_length and config.eos_token_ids:
 
             def suppress_early_eos(tokens, rows, columns, logits):
-                is_early = (columns < first_eos).unsqueeze(-1)
+                is_early = ((columns >= prompt_length) & (columns < first_eos)).unsqueeze(-1)
                 is_eos = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
                 is_eos[config.eos_token_ids] = True
                 return logits.masked_fill(is_early & is_eos, -torch.inf)
@@ -416,10 +440,10 @@ def _schedule(canvas: Canvas, config: MaskedDiffusionGenerationConfig, max_new_t
 
 def _finish_at_stop(canvas: Canvas, block: Block, stopping_criteria: StoppingCriteriaList):
     """Finishes the rows that a criterion stops; a stop string ends a row right where it is complete."""
+    if block.start < canvas.prompt_length:
+        return  # blanks of the prompt: there is no response yet that could be stopped
     for criterion in stopping_criteria:
-        first = (
-            max(block.start + 1, canvas.prompt_length + 1) if isinstance(criterion, StopStringCriteria) else block.end
-        )
+        first = block.start + 1 if isinstance(criterion, StopStringCriteria) else block.end
         for end in range(first, block.end + 1):
             stopped = criterion(canvas.tokens[:, :end], None)
             canvas.finish(stopped, torch.full_like(canvas.ends, end))
@@ -434,7 +458,7 @@ def _output(canvas: Canvas, config: MaskedDiffusionGenerationConfig) -> MaskedDi
     output = MaskedDiffusionGenerationOutput(
         sequences=torch.where(is_kept, canvas.tokens, config.pad_token_id)[:, :width],
         num_forward_passes=canvas.num_forward_passes,
-        tokens_per_forward=(is_written & ~canvas.given).sum(-1) / canvas.num_forward_passes,
+        tokens_per_forward=(is_written & ~canvas.given).sum(-1) / canvas.num_forward_passes.clamp(min=1),
     )
     if config.output_trace:
         output.commit_steps = canvas.commit_steps.masked_fill(~is_written, 0)[:, :width]

@@ -14,7 +14,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, MaskedLMOutput
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaMLP,
@@ -169,6 +168,15 @@ def masked_diffusion_loss(
     return losses.sum() / num_items
 
 
+def _states_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The hidden states whose logits are made; `transformers` has this as a function only in later versions."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]  # -0 is all of them
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return hidden_states[:, logits_to_keep]
+
+
 class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
     """iLLaDA with its language-modelling head.
 
@@ -241,7 +249,7 @@ class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
             logits_to_keep = labels != -100
             if loss_weights is not None:
                 logits_to_keep = logits_to_keep & (loss_weights != 0)
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(_states_to_keep(outputs.last_hidden_state, logits_to_keep))
 
         loss = None
         if labels is not None:
