@@ -2,19 +2,28 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
-# Heavy imports stand inside the functions, so that `--help` answers at once.
+from . import EMBEDDED_MODEL
+from .blanks import encode_with_blanks
+from .conversion.cli import convert, export
+from .live import LiveDenoising
+from .trace import check_trace_path, write_trace
 
 app = typer.Typer(
     name="illada",
-    help="Masked diffusion language models: generate, fill blanks, inspect.",
+    help="Masked diffusion language models: generate, fill blanks, revise, convert, export.",
     epilog="Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -57,26 +66,12 @@ TOP_K = Annotated[int | None, typer.Option(help="Candidates of the sampling.", s
 
 
 def _load(model: str | None, device: str | None, dtype: str):
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    from . import EMBEDDED_MODEL
-
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     source = str(EMBEDDED_MODEL) if model is None else model
-    if (
-        model is not None
-        and (os.path.sep in model or Path(model).exists())
-        and not Path(model, "config.json").exists()
-    ):
-        # A name with a separator may also be a Hub id, which has exactly one and begins with neither dot nor slash.
-        if Path(model).exists() or model.startswith((".", "~", os.path.sep)) or model.count("/") != 1:
-            raise ValueError(
-                f"`--model` must be a checkpoint folder or a Hub id, got {model!r}: no config.json there."
-            )
+    is_hub_id = not Path(source).exists() and re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", source)
+    if not is_hub_id and not Path(source, "config.json").exists():
+        raise ValueError(f"`--model` must be a checkpoint folder or a Hub id, got {source!r}: no config.json there.")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"`--dtype` must be auto, float32, bfloat16 or float16, got {dtype!r}.")
     try:
@@ -102,10 +97,6 @@ def _denoise(
     model, tokenizer, input_ids: list[int], live: bool | None, as_json: bool, seed: int | None, settings: dict
 ):
     """Runs `generate` on one prompt, shown live if asked, and returns its output."""
-    import torch
-
-    from .live import LiveDenoising
-
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     call = {
         "input_ids": torch.tensor([input_ids], device=model.device),
@@ -172,8 +163,6 @@ def generate(
 
     Example: `illada generate "Tom has 7 apples. He buys 5 more. How many apples does Tom have now?"`
     """
-    from .trace import check_trace_path, write_trace
-
     check_trace_path(trace)
     prompt = sys.stdin.read() if prompt == "-" else prompt
     if not prompt.strip():
@@ -233,9 +222,6 @@ def infill(
 
     Example: `illada infill "Tom has 3 pears and<[MASK]> cups. 3 + 4 = 7, so Tom has 7 things in all."`
     """
-    from .blanks import encode_with_blanks
-    from .trace import check_trace_path, write_trace
-
     check_trace_path(trace)
     loaded, tokenizer = _load(model, device, dtype)
     input_ids = encode_with_blanks(tokenizer, text, loaded.generation_config.mask_token_id)
@@ -280,8 +266,6 @@ def revise(
 
     Example: `illada revise "Tom has 3 pears and 4 cups. 3 + 4 = 9, so Tom has 7 things in all." --threshold 0.1`
     """
-    import torch
-
     text = sys.stdin.read() if text == "-" else text
     if not text.strip():
         raise ValueError(f"TEXT must hold some text, got {text!r}.")
@@ -336,6 +320,10 @@ def info(model: MODEL = None, as_json: JSON = False):
             value = ", ".join(f"{key} {item}" for key, item in value.items())
         table.add_row(name, f"{value:,}" if type(value) is int else str(value))
     Console().print(table)
+
+
+app.command()(convert)
+app.command()(export)
 
 
 def main():

@@ -26,11 +26,10 @@ from transformers.utils import ModelOutput
 from .canvas import Block, Canvas
 from .denoising import Denoiser, DenoisingStep, PositionProcessor
 from .end_of_thinking import EndOfThinkingBoost
-from .generation_config import PRESETS, MaskedDiffusionGenerationConfig
+from .generation_config import MaskedDiffusionGenerationConfig
+from .prompts import prepare_max_new_tokens, prepare_prompts
 from .remasking import commit_quotas
 from .revision import RevisionOutput, check_revision, least_likely, leave_one_out_confidences
-
-DEFAULT_MAX_NEW_TOKENS = 256
 
 
 @dataclass
@@ -130,8 +129,15 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
             if value is not None and not isinstance(value, kind):
                 raise ValueError(f"`{name}` must be a {kind.__name__}, got {value!r}.")
         config = self._prepare_settings(generation_config, kwargs)
-        input_ids, attention_mask = self._prepare_prompts(inputs, input_ids, attention_mask, config)
-        max_new_tokens = self._prepare_max_new_tokens(input_ids, attention_mask, config)
+        if (inputs is None) == (input_ids is None):
+            raise ValueError("`generate` must get exactly one of `inputs` and `input_ids`.")
+        input_ids = inputs if input_ids is None else input_ids
+        input_ids, attention_mask = prepare_prompts(input_ids, attention_mask, config, self.config.vocab_size)
+        max_new_tokens = prepare_max_new_tokens(input_ids, attention_mask, config, self.config.max_position_embeddings)
+        input_ids, attention_mask = (
+            tensor.to(self.device).repeat_interleave(config.num_return_sequences or 1, 0)
+            for tensor in (input_ids, attention_mask)
+        )
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
             raise ValueError(f"`streamer` must have the methods `put` and `end`, got {streamer!r}.")
         if streamer is not None and len(input_ids) > 1:
@@ -206,7 +212,10 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
         arguments = inspect.signature(self.generate).parameters
         fields = {name: value for name, value in settings.items() if name not in arguments}
         config = self._prepare_settings(settings.get("generation_config"), fields)
-        tokens, mask = self._prepare_prompts(None, input_ids, attention_mask, config)
+        tokens, mask = (
+            tensor.to(self.device)
+            for tensor in prepare_prompts(input_ids, attention_mask, config, self.config.vocab_size)
+        )
         if (tokens == config.mask_token_id).any():
             raise ValueError("`input_ids` must be finished texts, got a [MASK]: fill it with `generate` first.")
         if protected is not None and protected.shape != tokens.shape:
@@ -242,36 +251,17 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
     def adjust_generation_fn(self, generation_config, *args, **kwargs):
         """Called by `from_pretrained`: makes the generation config that it loads one of masked diffusion."""
         super().adjust_generation_fn(generation_config, *args, **kwargs)
-        self.generation_config = self._as_masked_diffusion_config(self.generation_config)
+        self.generation_config = MaskedDiffusionGenerationConfig.from_standard(self.generation_config)
         if self.generation_config.mask_token_id is None:
             self.generation_config.mask_token_id = self.config.mask_token_id
-
-    def _as_masked_diffusion_config(self, config: GenerationConfig | None) -> MaskedDiffusionGenerationConfig:
-        if isinstance(config, MaskedDiffusionGenerationConfig):
-            return config
-        return MaskedDiffusionGenerationConfig.from_dict({} if config is None else config.to_dict())
+        if self.generation_config.do_sample is None:
+            self.generation_config.do_sample = False  # or else pipelines would set their own sampling
 
     def _prepare_settings(
         self, generation_config: GenerationConfig | None, kwargs: dict
     ) -> MaskedDiffusionGenerationConfig:
-        """Merges keyword arguments, the given config, the model's own and the defaults; the earlier wins."""
-        self.generation_config = self._as_masked_diffusion_config(self.generation_config)  # it holds the defaults
-        if (preset := kwargs.pop("preset", None)) is not None:
-            if preset not in tuple(PRESETS):
-                raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}, got {preset!r}.")
-            kwargs = {**PRESETS[preset], **kwargs}
-        base = self._as_masked_diffusion_config(generation_config)
-        config, _ = self._prepare_generation_config(base)
-        unknown = config.update(**kwargs)
-        unknown = {name: value for name, value in unknown.items() if value is not None and value is not False}
-        if unknown:
-            raise ValueError(
-                f"`generate` got unknown arguments {sorted(unknown)}: it takes the fields of "
-                "`MaskedDiffusionGenerationConfig` and the arguments of its docstring."
-            )
-        lengths = {name: kwargs.get(name, getattr(base, name)) for name in ("max_length", "max_new_tokens")}
-        if lengths["max_length"] is not None and lengths["max_new_tokens"] is None:
-            config.max_new_tokens = None  # the caller's limit wins over the checkpoint's
+        """The call's settings with every field that the loop reads, checked against the model."""
+        config = MaskedDiffusionGenerationConfig.merged(self.generation_config, generation_config, **kwargs)
         if config.canvas is None:
             config.canvas = self.default_canvas
         if config.mask_token_id is None:
@@ -292,76 +282,6 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
             if any(token_id >= self.config.vocab_size for token_id in ids):
                 raise ValueError(f"`{name}` must be in the vocabulary of {self.config.vocab_size} tokens, got {ids}.")
         return config
-
-    def _prepare_prompts(
-        self,
-        inputs: torch.LongTensor | None,
-        input_ids: torch.LongTensor | None,
-        attention_mask: torch.Tensor | None,
-        config: MaskedDiffusionGenerationConfig,
-    ) -> tuple[torch.LongTensor, torch.BoolTensor]:
-        """Checks the prompts and returns them with their boolean mask, repeated `num_return_sequences` times."""
-        if (inputs is None) == (input_ids is None):
-            raise ValueError("`generate` must get exactly one of `inputs` and `input_ids`.")
-        input_ids = inputs if input_ids is None else input_ids
-        if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-            kind = getattr(input_ids, "dtype", type(input_ids).__name__)
-            raise ValueError(f"`input_ids` must be a tensor of dtype int64 or int32, got {kind}.")
-        if input_ids.ndim != 2 or input_ids.numel() == 0:
-            raise ValueError(f"`input_ids` must be (batch, tokens) and not empty, got {tuple(input_ids.shape)}.")
-        if input_ids.min() < 0 or input_ids.max() >= self.config.vocab_size:
-            raise ValueError(
-                f"`input_ids` must be in [0, {self.config.vocab_size}), got {int(input_ids.min())} "
-                f"to {int(input_ids.max())}."
-            )
-        if attention_mask is None:
-            is_token = input_ids != config.pad_token_id
-            infers_padding = config.pad_token_id not in config.eos_token_ids
-            attention_mask = is_token.cumsum(-1) > 0 if infers_padding else torch.ones_like(is_token)
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, "
-                f"got {tuple(attention_mask.shape)}."
-            )
-        attention_mask = attention_mask.bool()
-        if not attention_mask.any(-1).all():
-            raise ValueError("`input_ids` must hold at least one token in each row, got a row of padding.")
-        if (attention_mask[:, :-1] & ~attention_mask[:, 1:]).any():
-            raise ValueError(
-                "`attention_mask` must have its zeros on the left, got padding after a token: "
-                "set `tokenizer.padding_side = 'left'`."
-            )
-        repeats = config.num_return_sequences or 1
-        return tuple(
-            tensor.to(self.device).repeat_interleave(repeats, 0) for tensor in (input_ids.long(), attention_mask)
-        )
-
-    def _prepare_max_new_tokens(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.BoolTensor,
-        config: MaskedDiffusionGenerationConfig,
-    ) -> int:
-        """The response's budget in tokens, from `max_new_tokens`, else from `max_length`, else the default."""
-        prompt_length = int(attention_mask.sum(-1).max())
-        room = self.config.max_position_embeddings - prompt_length
-        if config.max_new_tokens is not None:
-            max_new_tokens, source = config.max_new_tokens, f"`max_new_tokens`={config.max_new_tokens}"
-        elif config.max_length is not None:
-            max_new_tokens = config.max_length - input_ids.shape[1]
-            source = f"`max_length`={config.max_length}"
-            if max_new_tokens < 0:
-                raise ValueError(f"{source} must be at least the length of the prompt, {input_ids.shape[1]} tokens.")
-        else:
-            max_new_tokens, source = min(DEFAULT_MAX_NEW_TOKENS, max(room, 1)), "one more token"
-        if max_new_tokens > room:
-            raise ValueError(
-                f"The prompt of {prompt_length} tokens and {source} do not fit into the model's "
-                f"{self.config.max_position_embeddings} positions (`max_position_embeddings`)."
-            )
-        if max_new_tokens == 0 and not (input_ids == config.mask_token_id).any():
-            raise ValueError(f"{source} must be positive: the prompt has no [MASK] to fill, and nothing is appended.")
-        return max_new_tokens
 
     def _prepare_stopping_criteria(
         self,

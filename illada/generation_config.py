@@ -8,6 +8,7 @@ from transformers.generation import GenerationConfig
 from .remasking import RANKINGS
 
 CANVASES = ("growing", "fixed")
+PARALLEL_RULES = ("confidence_threshold", "confidence_factor", "entropy_bound")
 
 PRESETS: dict[str, dict] = {
     "exact": {"confidence_threshold": None, "confidence_factor": None, "entropy_bound": None},
@@ -47,6 +48,26 @@ _LEFT_TO_RIGHT_FIELDS: dict[str, tuple] = {
     "output_scores": (None, False),
     "output_logits": (None, False),
 }
+
+
+# Arguments of Transformers' `generate` that callers pass unset.
+_UNUSED_ARGUMENTS = (
+    "assistant_model",
+    "custom_generate",
+    "inputs_embeds",
+    "negative_prompt_attention_mask",
+    "negative_prompt_ids",
+    "past_key_values",
+    "position_ids",
+    "prefix_allowed_tokens_fn",
+    "synced_gpus",
+    "trust_remote_code",
+    "use_model_defaults",
+)
+
+
+def _is_unset(name: str, value: Any) -> bool:
+    return name in _UNUSED_ARGUMENTS and (value is None or value is False)
 
 
 def _is_integer(value: Any) -> bool:
@@ -119,6 +140,51 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
         return cls(**{name: getattr(model_config, name, None) for name in names})
 
+    @classmethod
+    def from_standard(cls, config: GenerationConfig | None) -> "MaskedDiffusionGenerationConfig":
+        """The same settings as an object of this class; itself, if it is one already."""
+        if isinstance(config, cls):
+            return config
+        fields = {} if config is None else config.to_dict()
+        fields.pop("_from_model_config", None)  # such a config would lose fields when it is saved and loaded
+        return cls.from_dict(fields)
+
+    @classmethod
+    def merged(
+        cls, own: GenerationConfig | None, given: GenerationConfig | None, preset: str | None = None, **fields
+    ) -> "MaskedDiffusionGenerationConfig":
+        """The settings of one call: `fields`, then `preset`, then `given`, then the model's `own`, then defaults.
+
+        Fields that exclude each other (two lengths, two parallel rules) are taken together: if the caller sets one of
+        them, those of the model are left out.
+
+        Raises:
+            ValueError: if a field is unknown or has a bad value.
+        """
+        if preset is not None and preset not in tuple(PRESETS):
+            raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}, got {preset!r}.")
+        config = cls()
+        fields = {name: value for name, value in fields.items() if not _is_unset(name, value)}
+        if unknown := {name for name in fields if not hasattr(config, name)}:
+            raise ValueError(
+                f"`generate` got unknown arguments {sorted(unknown)}: it takes the fields of `{cls.__name__}` and the "
+                "arguments of its docstring."
+            )
+
+        def set_fields(source: GenerationConfig | None) -> dict:
+            values = cls.from_standard(source).to_dict()
+            return {name: value for name, value in values.items() if value is not None and name in vars(config)}
+
+        caller = {**set_fields(given), **PRESETS.get(preset, {}), **fields}
+        inherited = set_fields(own)
+        for alternatives in (("max_new_tokens", "max_length"), PARALLEL_RULES):
+            if any(caller.get(name) is not None for name in alternatives):
+                inherited = {name: value for name, value in inherited.items() if name not in alternatives}
+        for name, value in {**cls._get_default_generation_params(), **inherited, **caller}.items():
+            setattr(config, name, value)
+        config.validate(user_set_attributes=set(caller))
+        return config
+
     @staticmethod
     def _get_default_generation_params() -> dict[str, Any]:
         """Values of fields that neither the caller nor the checkpoint has set."""
@@ -156,6 +222,10 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             self.max_new_tokens = max_new_tokens
         self._check_parallel_rules()
         self._check_mask_id()
+        if self.end_think_boost and not self.end_think_token_ids:
+            raise ValueError(
+                f"`end_think_boost`={self.end_think_boost} must come with `end_think_token_ids`, got none."
+            )
 
     def _check_fields(self):
         """Checks each field alone; before the inherited check, which compares without looking at types."""
@@ -204,10 +274,10 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             raise ValueError(f"`{name}` must be a number {allowed}, got {value!r}.")
 
     def _check_parallel_rules(self):
-        rules = ("confidence_threshold", "confidence_factor", "entropy_bound")
-        values = {name: getattr(self, name) for name in rules if getattr(self, name) is not None}
+        values = {name: getattr(self, name) for name in PARALLEL_RULES if getattr(self, name) is not None}
         if len(values) > 1:
-            raise ValueError(f"At most one of {', '.join(f'`{name}`' for name in rules)} may be set, got {values}.")
+            names = ", ".join(f"`{name}`" for name in PARALLEL_RULES)
+            raise ValueError(f"At most one of {names} may be set, got {values}.")
 
     def _check_token_ids(self, name: str):
         value = getattr(self, name)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import ModelOutput
 
+from .remasking import token_probability
+
 
 @dataclass
 class RevisionOutput(ModelOutput):
@@ -59,8 +61,9 @@ def leave_one_out_confidences(
             position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
             logits_to_keep=masked,
         ).logits
-        log_probabilities = logits.float().log_softmax(-1).gather(-1, tokens[masked].unsqueeze(-1)).squeeze(-1)
-        confidences[masked] = log_probabilities.exp()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits[:, mask_token_id] = -torch.inf
+        confidences[masked] = token_probability(logits, tokens[masked]).to(confidences.dtype)
     return confidences
 
 
@@ -82,9 +85,8 @@ def check_revision(fraction: float | None, threshold: float | None, num_rounds: 
     if (fraction is None) == (threshold is None):
         raise ValueError(f"Exactly one of `fraction` and `threshold` must be given, got {fraction} and {threshold}.")
     for name, value in (("fraction", fraction), ("threshold", threshold)):
-        if value is not None and not 0 < value <= 1:
-            raise ValueError(f"`{name}` must be in (0, 1], got {value}.")
-    if num_rounds < 1:
-        raise ValueError(f"`num_rounds` must be at least 1, got {num_rounds}.")
-    if num_passes is not None and num_passes < 1:
-        raise ValueError(f"`num_scoring_passes` must be at least 1, got {num_passes}.")
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value <= 1):
+            raise ValueError(f"`{name}` must be a number in (0, 1], got {value!r}.")
+    for name, value in (("num_rounds", num_rounds), ("num_scoring_passes", 1 if num_passes is None else num_passes)):
+        if not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")

@@ -19,7 +19,9 @@ def test_confidences_are_those_of_each_token_masked_alone(tiny_model, text):
         for position in range(9):
             masked = text.clone()
             masked[0, position] = 5
-            expected = tiny_model(masked).logits[0, position].softmax(-1)[text[0, position]]
+            logits = tiny_model(masked).logits[0, position]
+            logits[5] = -torch.inf  # [MASK] is no prediction
+            expected = logits.softmax(-1)[text[0, position]]
             if position != 3:
                 torch.testing.assert_close(confidences[0, position], expected)
     assert confidences[0, 3].isnan()
@@ -88,7 +90,9 @@ def test_rows_of_a_padded_batch_are_revised_as_alone(tiny_model, text):
         ({"fraction": 0.1, "threshold": 0.1}, "fraction"),
         ({"fraction": 0.0}, "fraction"),
         ({"threshold": 1.5}, "threshold"),
+        ({"fraction": "much"}, "fraction"),
         ({"fraction": 0.5, "num_rounds": 0}, "num_rounds"),
+        ({"fraction": 0.5, "num_rounds": 1.5}, "num_rounds"),
         ({"fraction": 0.5, "num_scoring_passes": 0}, "num_scoring_passes"),
         ({"fraction": 0.5, "protected": torch.ones(1, 2, dtype=torch.bool)}, "protected"),
         ({"fraction": 0.5, "block_length": 0}, "block_length"),
