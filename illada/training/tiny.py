@@ -21,7 +21,7 @@ from .tokenizer import train_tokenizer
 
 def main(
     output: Annotated[Path, typer.Argument(help="Folder for the model, made if absent.")],
-    max_steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 18_000,
+    max_steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 24_000,
     batch_size: Annotated[int, typer.Option(help="Windows in a step.")] = 16,
     window_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
