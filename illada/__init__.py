@@ -1,8 +1,32 @@
+"""iLLaDA and LLaDA, masked diffusion language models, as Transformers models.
+
+Importing the package registers its classes with the Auto classes, so that released checkpoints load with
+`from_pretrained` and without `trust_remote_code`.
+"""
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForMultimodalLM
 
 from .configuration_illada import ILLaDAConfig
-from .modeling_illada import ILLaDAForCausalLM, ILLaDAModel, ILLaDAPreTrainedModel
+from .denoising import DenoisingStep
+from .generation import MaskedDiffusionGenerationMixin, MaskedDiffusionGenerationOutput
+from .generation_config import MaskedDiffusionGenerationConfig
+from .modeling_illada import ILLaDAForCausalLM, ILLaDAModel, ILLaDAPreTrainedModel, masked_diffusion_loss
 
-AutoConfig.register("illada", ILLaDAConfig)
-for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForMultimodalLM):
-    auto_class.register(ILLaDAConfig, ILLaDAForCausalLM)
+__version__ = "0.1.0"
+
+AutoConfig.register(ILLaDAConfig.model_type, ILLaDAConfig)
+# The release's `AutoModel` has logits, and `transformers serve` loads the multimodal class.
+for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForMultimodalLM):
+    _auto_class.register(ILLaDAConfig, ILLaDAForCausalLM)
+
+__all__ = [
+    "DenoisingStep",
+    "ILLaDAConfig",
+    "ILLaDAForCausalLM",
+    "ILLaDAModel",
+    "ILLaDAPreTrainedModel",
+    "MaskedDiffusionGenerationConfig",
+    "MaskedDiffusionGenerationMixin",
+    "MaskedDiffusionGenerationOutput",
+    "masked_diffusion_loss",
+]

@@ -29,6 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_illada import ILLaDAConfig
 from .generation import MaskedDiffusionGenerationMixin
+from .generation_config import MaskedDiffusionGenerationConfig
 
 
 class ILLaDAAttention(LlamaAttention):
@@ -66,7 +67,7 @@ class ILLaDAPreTrainedModel(LlamaPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """Initialises as the release does: projections into the residual stream are scaled down by sqrt(2 * layers)."""
+        """Initialises as the release does: projections into the residual stream are divided by sqrt(2 * layers)."""
         super()._init_weights(module)
         residual_std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(module, nn.Embedding):
@@ -166,6 +167,7 @@ class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
     (see [`MaskedDiffusionGenerationMixin.generate`]).
     """
 
+    generation_config_class = MaskedDiffusionGenerationConfig
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}

@@ -26,7 +26,7 @@ def sample_mask_probabilities(
     """Draws `p = (1 - eps) t + eps` with `t ~ U[0, 1)` for each sequence, in fp32 of shape (batch_size,).
 
     With `stratified`, sequence b has t in its own interval of length 1 / batch_size, in random order: each t alone is
-    still uniform, and the loss of a batch varies less (the idea of arXiv 2107.00630, appendix I.1).
+    still uniform, and the loss of a batch varies less (the low-discrepancy sampler of arXiv 2107.00630).
     """
     t = torch.rand(batch_size, generator=generator)
     if stratified:
@@ -41,7 +41,7 @@ def corrupt(
     mask_token_id: int,
     generator: torch.Generator,
 ) -> Corruption:
-    """Masks each maskable token of row b with probability `probabilities[b]` (arXiv 2502.09992, algorithm 1).
+    """Masks each maskable token of row b with probability `probabilities[b]` (arXiv 2502.09992).
 
     Args:
         input_ids (`torch.LongTensor` of shape `(B, S)`): clean tokens.
