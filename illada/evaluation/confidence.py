@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from .pairs import Batch, Pair, check_scorable, length_batches, make_canvases, masked_logits
+from .pairs import Batch, Pair, check_forward_settings, check_model, length_batches, make_canvases, masked_logits
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def confidence_score(
 
         S = sum_{j=1..L} max_{i in M_j} log p(x_i | context, candidate outside M_j)
 
-    It ranks candidates. It is not a log-likelihood: the order is chosen with the candidate in sight, so that S tends to
-    lie above a Monte-Carlo bound, and it is not normalised by length.
+    It ranks candidates. It is not a log-likelihood: the order is chosen with the candidate in sight, so that S tends
+    to lie above a Monte-Carlo bound, and it is not normalised by length.
 
     Args:
         model: a masked diffusion model in evaluation mode.
@@ -105,7 +105,8 @@ def _reveal_all(
     model, pairs, append_eos, add_bos, bos_token_id, guidance_scale, batch_size, only_while_greedy
 ) -> list[tuple[float, list[int], bool]]:
     """[`_reveal`] of all pairs in batches of similar length: score, order and greedy agreement, in the order given."""
-    check_scorable(model, batch_size=batch_size, guidance_scale=guidance_scale)
+    check_model(model)
+    check_forward_settings(batch_size, guidance_scale)
     canvases = make_canvases(model, pairs, append_eos=append_eos, add_bos=add_bos, bos_token_id=bos_token_id)
     results: list = [None] * len(canvases)
     for indices, batch in length_batches(canvases, batch_size, model.device):
@@ -120,9 +121,9 @@ def _reveal(
 ) -> tuple[torch.DoubleTensor, torch.LongTensor, torch.BoolTensor]:
     """Reveals the true tokens of every row, most probable first.
 
-    As long as greedy decoding writes the candidate, it reveals the same positions in the same order: the most confident
-    prediction anywhere is then a true token, and no other true token can have a higher probability. One loop
-    therefore serves both scores.
+    As long as greedy decoding writes the candidate, it reveals the same positions in the same order: the most
+    confident prediction anywhere is then a true token, and no other true token can have a higher probability. One
+    loop therefore serves both scores.
 
     Args:
         only_while_greedy: retire a row at the first token that greedy decoding would not write.

@@ -12,7 +12,17 @@ import torch
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
-from .pairs import Canvas, Pair, TokenIds, check_scorable, collate, longest_first, make_canvases, masked_logits
+from .pairs import (
+    Canvas,
+    Pair,
+    TokenIds,
+    check_forward_settings,
+    check_model,
+    collate,
+    longest_first,
+    make_canvases,
+    masked_logits,
+)
 
 Sampling = Literal["auto", "stratified", "antithetic", "exact"]
 LONGEST_EXACT_CANDIDATE = 16  # 65,535 masks
@@ -85,7 +95,7 @@ def monte_carlo_log_likelihood(
             A candidate of one token has one mask: it takes one forward and is exact however it is sampled.
         batch_size: masks in a forward, of one pair or several. It changes speed and memory alone.
         generator: gives one seed for the call. The noise of a pair depends on that seed and on the pair's own tokens,
-            never on the other pairs, the batches, the device or the process. The global generator of the CPU if absent.
+            never on the other pairs, the batches, the device or the process. The CPU's global one if absent.
 
     Returns:
         One [`LogLikelihood`] per pair, in the order given. Its standard error is that of successive differences,
@@ -98,19 +108,15 @@ def monte_carlo_log_likelihood(
         ValueError: before the first forward, as [`confidence_score`]; for a non-positive `num_samples`, an odd one
             with `"antithetic"`, an unknown `sampling`, and a candidate too long for `"exact"`.
     """
-    check_scorable(model, batch_size=batch_size, guidance_scale=guidance_scale)
-    if num_samples < 1:
-        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
-    if sampling not in get_args(Sampling):
-        raise ValueError(f"`sampling` must be one of {', '.join(map(repr, get_args(Sampling)))}, got {sampling!r}.")
-    if sampling == "antithetic" and num_samples % 2:
-        raise ValueError(f"`num_samples` must be even for antithetic sampling, got {num_samples}.")
+    check_model(model)
+    check_forward_settings(batch_size, guidance_scale)
+    check_sampling(num_samples, sampling)
     canvases = make_canvases(model, pairs, append_eos=append_eos, add_bos=add_bos, bos_token_id=bos_token_id)
     longest = max((canvas.length for canvas in canvases), default=0)
     if sampling == "exact" and longest > LONGEST_EXACT_CANDIDATE:
         raise ValueError(
-            f"`sampling` 'exact' takes 2^L - 1 masks and is for candidates of at most {LONGEST_EXACT_CANDIDATE} tokens, "
-            f"got one of {longest}."
+            f"`sampling` 'exact' takes 2^L - 1 masks and is for candidates of at most {LONGEST_EXACT_CANDIDATE} "
+            f"tokens, got one of {longest}."
         )
 
     # int64 cannot be drawn over its whole range, 62 bits are plenty.
@@ -136,6 +142,16 @@ def monte_carlo_log_likelihood(
         for (index, _), values in zip(pieces, row_sums.cpu().split(counts.tolist())):
             sums[index].append(values)
     return [_estimate(draws[index], torch.cat(sums[index])) for index in range(len(canvases))]
+
+
+def check_sampling(num_samples: int, sampling: Sampling):
+    """Raises `ValueError` for a number of samples or a way of sampling that is not allowed."""
+    if num_samples < 1:
+        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
+    if sampling not in get_args(Sampling):
+        raise ValueError(f"`sampling` must be one of {', '.join(map(repr, get_args(Sampling)))}, got {sampling!r}.")
+    if sampling == "antithetic" and num_samples % 2:
+        raise ValueError(f"`num_samples` must be even for antithetic sampling, got {num_samples}.")
 
 
 @dataclass(frozen=True)

@@ -54,12 +54,16 @@ class Batch:
         return Batch(self.tokens[rows, :width], self.starts[rows], self.lengths[rows], self.widths[rows])
 
 
-def check_scorable(model: PreTrainedModel, *, batch_size: int, guidance_scale: float):
-    """Raises `ValueError` for a model or a setting that cannot give a score."""
+def check_model(model: PreTrainedModel):
+    """Raises `ValueError` for a model that cannot score: one in training mode, or without a mask token."""
     if model.training:
         raise ValueError("`model` is in training mode, where dropout makes scores random: call `model.eval()` first.")
     if getattr(model.config, "mask_token_id", None) is None:
         raise ValueError("`model.config.mask_token_id` is None: scoring needs the id of [MASK].")
+
+
+def check_forward_settings(batch_size: int, guidance_scale: float):
+    """Raises `ValueError` for a batch size below 1 or a negative guidance scale."""
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     if not guidance_scale >= 0:
@@ -106,8 +110,8 @@ def make_canvases(
         limit = config.max_position_embeddings
         if len(tokens) > limit:
             raise ValueError(
-                f"`pairs[{index}]` takes {len(tokens)} tokens ({len(context)} of context, {len(candidate)} of candidate, "
-                f"{len(prefix) + len(suffix)} of BOS and EOS), more than the model's {limit} positions."
+                f"`pairs[{index}]` takes {len(tokens)} tokens ({len(context)} of context, {len(candidate)} of "
+                f"candidate, {len(prefix) + len(suffix)} of BOS and EOS), more than the model's {limit} positions."
             )
         canvases.append(Canvas(tokens, len(prefix) + len(context), len(candidate)))
     return canvases
