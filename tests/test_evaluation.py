@@ -60,7 +60,9 @@ def count_rows(monkeypatch):
     return attach
 
 
-def random_pairs(count: int, seed: int = 0, longest: int = 8, vocab_size: int = 9) -> list[tuple[list[int], list[int]]]:
+def random_pairs(
+    count: int, seed: int = 0, longest: int = 8, vocab_size: int = 9
+) -> list[tuple[list[int], list[int]]]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (count, 2), generator=generator).tolist()
     return [
@@ -141,7 +143,7 @@ def test_batched_confidence_scores_equal_a_loop_over_pairs(model, framed, guidan
 @pytest.mark.parametrize("score", [confidence_score, monte_carlo_log_likelihood, is_greedy])
 def test_a_pair_scores_the_same_alone_in_any_batch_and_at_any_place(model, score):
     pairs = random_pairs(17, longest=12)
-    seeded = {"generator": torch.Generator().manual_seed(3)} if score is monte_carlo_log_likelihood else {}
+    seeded = {"generator": torch.Generator(), "num_samples": 16} if score is monte_carlo_log_likelihood else {}
 
     def run(pairs, batch_size):
         if seeded:
@@ -149,7 +151,7 @@ def test_a_pair_scores_the_same_alone_in_any_batch_and_at_any_place(model, score
         return score(model, pairs, batch_size=batch_size, **seeded)
 
     alone = [run([pair], 1)[0] for pair in pairs]
-    for batch_size in (1, 4, 64):
+    for batch_size in (4, 64):
         for order in (range(17), reversed(range(17))):
             order = list(order)
             for index, result in zip(order, run([pairs[i] for i in order], batch_size), strict=True):
@@ -199,7 +201,9 @@ def test_guidance_is_measured_from_the_logits_without_context():
         logits = torch.zeros(9)
         logits[7] = scale * 1.5
         expected = logits.log_softmax(-1)[7].item()
-        assert confidence_score(model, [([6], [7])], guidance_scale=scale)[0].score == pytest.approx(expected, abs=1e-6)
+        assert confidence_score(model, [([6], [7])], guidance_scale=scale)[0].score == pytest.approx(
+            expected, abs=1e-6
+        )
 
 
 # --- the greedy check ---
@@ -268,7 +272,7 @@ def test_expectation_of_the_estimate_is_the_enumeration(sampling, vocab_size, le
 
 
 @pytest.mark.parametrize("sampling", ["stratified", "antithetic"])
-@pytest.mark.parametrize(("length", "num_samples"), [(3, 64), (4, 64), (4, 128)])
+@pytest.mark.parametrize(("length", "num_samples"), [(3, 128), (4, 128)])
 def test_standard_error_covers_the_truth_at_the_stated_rate(model, sampling, length, num_samples):
     pair = ([6, 8], [7, 6, 8, 6][:length])
     truth = log_likelihood_by_enumeration(model, pair)
