@@ -4,6 +4,8 @@ Importing the package registers its classes with the Auto classes, so that relea
 `from_pretrained` and without `trust_remote_code`.
 """
 
+from pathlib import Path
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForMultimodalLM
 
 from .configuration_illada import ILLaDAConfig
@@ -14,12 +16,16 @@ from .modeling_illada import ILLaDAForCausalLM, ILLaDAModel, ILLaDAPreTrainedMod
 
 __version__ = "0.1.0"
 
+EMBEDDED_MODEL = Path(__file__).parent / "checkpoints" / "illada-tiny"
+"""Folder of the small instruction model that comes with the package."""
+
 AutoConfig.register(ILLaDAConfig.model_type, ILLaDAConfig)
 # The release's `AutoModel` has logits, and `transformers serve` loads the multimodal class.
 for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForMultimodalLM):
     _auto_class.register(ILLaDAConfig, ILLaDAForCausalLM)
 
 __all__ = [
+    "EMBEDDED_MODEL",
     "DenoisingStep",
     "ILLaDAConfig",
     "ILLaDAForCausalLM",

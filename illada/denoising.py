@@ -75,7 +75,7 @@ class Denoiser:
         self.is_padded = not bool(canvas.attention_mask.all())
 
     def __call__(self, block: Block, rows: torch.LongTensor, quota: torch.LongTensor) -> DenoisingStep:
-        """Predicts the block's masks in `rows` (R,) with one forward pass, and commits `quota` (R,) of each, or more."""
+        """Predicts the block's masks in `rows` (R,) with one forward pass and commits at least `quota` (R,)."""
         canvas, columns = self.canvas, slice(block.start, block.end)
         masked = canvas.masked[rows, columns] & block.active[rows]
         logits = self._process(rows, block.start, masked, self._predict(rows, block, masked))

@@ -337,7 +337,7 @@ def _schedule(canvas: Canvas, config: MaskedDiffusionGenerationConfig, max_new_t
 
 
 def _finish_at_stop(canvas: Canvas, block: Block, stopping_criteria: StoppingCriteriaList):
-    """Finishes the rows that a criterion stops; a stop string ends a row where it is complete, inside the block too."""
+    """Finishes the rows that a criterion stops; a stop string ends a row right where it is complete."""
     for criterion in stopping_criteria:
         first = (
             max(block.start + 1, canvas.prompt_length + 1) if isinstance(criterion, StopStringCriteria) else block.end

@@ -53,7 +53,8 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
     Every standard field keeps its standard meaning (`max_new_tokens`, `do_sample`, `temperature`, `top_p`,
     `eos_token_id`, `stop_strings`, `suppress_tokens`, `guidance_scale`, `return_dict_in_generate` ...), and
     `max_new_tokens` may be 0, to fill blanks alone. Fields that presuppose writing from left to right (beams, assisted
-    decoding, forced first tokens ...) are refused. Unset fields take the published quality: exact, greedy, one token per forward.
+    decoding, forced first tokens ...) are refused. Unset fields take the published quality: exact, greedy, one token
+    per forward.
 
     Args:
         block_length (`int`, defaults to 32):
@@ -106,7 +107,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
     def from_model_config(cls, model_config) -> "MaskedDiffusionGenerationConfig":
         """Takes the special ids from a model config, and nothing else."""
         names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
-        return cls(**{name: getattr(model_config, name, None) for name in names}, _from_model_config=True)
+        return cls(**{name: getattr(model_config, name, None) for name in names})
 
     @staticmethod
     def _get_default_generation_params() -> dict[str, Any]:

@@ -38,6 +38,7 @@ class ILLaDAAttention(LlamaAttention):
     def __init__(self, config: ILLaDAConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.is_causal = False
+        self.o_proj.is_residual_projection = True
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         hidden_states, attention_weights = super().forward(hidden_states, **kwargs)
@@ -47,6 +48,10 @@ class ILLaDAAttention(LlamaAttention):
 
 class ILLaDAMLP(LlamaMLP):
     """Llama's gated MLP, with residual dropout on its output."""
+
+    def __init__(self, config: ILLaDAConfig):
+        super().__init__(config)
+        self.down_proj.is_residual_projection = True
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return F.dropout(super().forward(hidden_states), self.config.resid_pdrop, self.training)
@@ -69,13 +74,11 @@ class ILLaDAPreTrainedModel(LlamaPreTrainedModel):
     def _init_weights(self, module: nn.Module):
         """Initialises as the release does: projections into the residual stream are divided by sqrt(2 * layers)."""
         super()._init_weights(module)
-        residual_std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=math.sqrt(1 / (2 * self.config.hidden_size)))
-        elif isinstance(module, ILLaDAAttention):
-            init.normal_(module.o_proj.weight, mean=0.0, std=residual_std)
-        elif isinstance(module, ILLaDAMLP):
-            init.normal_(module.down_proj.weight, mean=0.0, std=residual_std)
+        elif getattr(module, "is_residual_projection", False):
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.weight, mean=0.0, std=std)
 
 
 class ILLaDAModel(ILLaDAPreTrainedModel, LlamaModel):

@@ -19,9 +19,9 @@ from .tokenizer import train_tokenizer
 
 def main(
     output: Annotated[Path, typer.Argument(help="Folder for the model, made if absent.")],
-    max_steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 6000,
-    batch_size: Annotated[int, typer.Option(help="Windows in a step.")] = 48,
-    window_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 96,
+    max_steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 24_000,
+    batch_size: Annotated[int, typer.Option(help="Windows in a step.")] = 16,
+    window_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
     seed: Annotated[int, typer.Option(help="Seed of weights, text and noise.")] = 0,
 ):
@@ -36,6 +36,7 @@ def main(
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
+        initializer_range=0.056,  # sqrt(2 / (5 * hidden_size)), iLLaDA's own scaling
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
     model = ILLaDAForCausalLM(config)
@@ -47,13 +48,13 @@ def main(
             per_device_train_batch_size=batch_size,
             learning_rate=learning_rate,
             weight_decay=0.1,
-            adam_beta2=0.98,
+            adam_beta2=0.99,
             lr_scheduler_type="warmup_stable_decay",
-            lr_scheduler_kwargs={"num_decay_steps": max_steps // 4, "min_lr_ratio": 0.01},
-            warmup_steps=min(200, max_steps // 10),
+            lr_scheduler_kwargs={"num_decay_steps": min(4000, max_steps // 4), "min_lr_ratio": 0.01},
+            warmup_steps=min(500, max_steps // 10),
             torch_compile=True,
-            logging_steps=50,
-            save_steps=500,
+            logging_steps=100,
+            save_steps=1000,
             save_total_limit=2,
             remove_unused_columns=False,
             report_to="none",

@@ -1,0 +1,29 @@
+"""Writing blanks into text: `<[MASK]>` is a blank of one token, `<[MASK]*4>` one of four."""
+
+import re
+
+from transformers import PreTrainedTokenizerBase
+
+_BLANK = re.compile(r" ?<\[MASK\](?:\*(\d+))?>")
+
+
+def encode_with_blanks(tokenizer: PreTrainedTokenizerBase, text: str, mask_token_id: int) -> list[int]:
+    """Token ids of `text`, begun with BOS if the tokenizer has one, in which each blank is so many [MASK] ids.
+
+    The space before a blank belongs to the blank, since tokens of byte-level vocabularies begin with their space.
+
+    Raises:
+        ValueError: if `text` has no blank, or one of no tokens.
+    """
+    if not _BLANK.search(text):
+        raise ValueError(f"The text must hold a blank such as <[MASK]> or <[MASK]*4>, got {text!r}.")
+    input_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    pieces = _BLANK.split(text)  # text, length, text, length, ..., text
+    for index, piece in enumerate(pieces):
+        if index % 2 == 0:
+            input_ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+        elif (length := int(piece or 1)) > 0:
+            input_ids += [mask_token_id] * length
+        else:
+            raise ValueError(f"A blank must have at least one token, got {length} in {text!r}.")
+    return input_ids

@@ -1,0 +1,39 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the Hub
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture
+def golden_illada() -> Path:
+    """Outputs of the released code on a tiny random checkpoint in the iLLaDA release's on-disk form."""
+    return FIXTURES / "illada"
+
+
+@pytest.fixture
+def tiny_config():
+    from illada import ILLaDAConfig
+
+    return ILLaDAConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.1,
+    )
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    from illada import ILLaDAForCausalLM
+
+    torch.manual_seed(0)
+    return ILLaDAForCausalLM(tiny_config).eval()
