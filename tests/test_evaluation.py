@@ -223,8 +223,6 @@ def test_is_greedy_is_what_generate_writes(model, append_eos):
     pairs = [*zip(contexts, written), *zip(contexts, changed)]
     expected = [True] * 10 + [False] * 10
     assert is_greedy(model, pairs, append_eos=append_eos, batch_size=7) == expected
-    scores = confidence_score(model, pairs, append_eos=append_eos, batch_size=7)
-    assert [score.is_greedy for score in scores] == expected
 
 
 def test_is_greedy_stops_at_the_first_difference(model, count_rows):
@@ -261,14 +259,14 @@ def repeated_estimates(model, pair, repeats, **settings):
 
 
 @pytest.mark.parametrize("sampling", ["stratified", "antithetic"])
-@pytest.mark.parametrize(("vocab_size", "length", "num_samples"), [(7, 2, 2), (7, 3, 4), (9, 4, 2), (9, 4, 6)])
+@pytest.mark.parametrize(("vocab_size", "length", "num_samples"), [(7, 2, 2), (7, 3, 4), (9, 4, 6)])
 def test_expectation_of_the_estimate_is_the_enumeration(sampling, vocab_size, length, num_samples):
     model = build_model(vocab_size)
     pair = ([6], [6, 3, 6, 4][:length])
     truth = log_likelihood_by_enumeration(model, pair)
-    estimates, _ = repeated_estimates(model, pair, 300, sampling=sampling, num_samples=num_samples, batch_size=64)
+    estimates, _ = repeated_estimates(model, pair, 200, sampling=sampling, num_samples=num_samples)
     assert estimates.std() > 0
-    assert abs(estimates.mean() - truth) < 4 * estimates.std() / math.sqrt(300)
+    assert abs(estimates.mean() - truth) < 4 * estimates.std() / math.sqrt(200)
 
 
 @pytest.mark.parametrize("sampling", ["stratified", "antithetic"])
@@ -277,10 +275,10 @@ def test_standard_error_covers_the_truth_at_the_stated_rate(model, sampling, len
     pair = ([6, 8], [7, 6, 8, 6][:length])
     truth = log_likelihood_by_enumeration(model, pair)
     estimates, errors = repeated_estimates(
-        model, pair, 300, sampling=sampling, num_samples=num_samples, batch_size=num_samples
+        model, pair, 250, sampling=sampling, num_samples=num_samples, batch_size=num_samples
     )
     covered = ((estimates - truth).abs() <= 1.96 * errors).double().mean()
-    assert 0.91 <= covered <= 0.99  # 95 %, give or take three standard deviations of 300 repeats
+    assert 0.91 <= covered <= 0.99  # 95 %, give or take three standard deviations of 250 repeats
     assert errors.square().mean() / estimates.var() == pytest.approx(1, abs=0.35)
 
 

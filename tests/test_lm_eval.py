@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -19,6 +20,7 @@ from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
+from illada import EMBEDDED_MODEL, MaskedDiffusionGenerationConfig  # noqa: E402
 from illada.evaluation import (  # noqa: E402
     cli,
     confidence_score,
@@ -27,13 +29,14 @@ from illada.evaluation import (  # noqa: E402
     rolling_log_likelihood,
 )
 from illada.evaluation.harness import MaskedDiffusionLM  # noqa: E402
-from illada.evaluation.presets import BASE, EMBEDDED_CHECKPOINT, INSTRUCT, PRESETS, TABLES, select_presets  # noqa: E402
-from illada.generation_config import MaskedDiffusionGenerationConfig  # noqa: E402
+from illada.evaluation.presets import BASE, INSTRUCT, PRESETS, TABLES, select_presets  # noqa: E402
 from illada.training.corpus import held_out_examples  # noqa: E402
 from illada.training.data import encode  # noqa: E402
 
+CHAT_TASKS = ["illada_choice", "illada_reversal"]
 DOCUMENT_TASKS = ["illada_infilling", "illada_perplexity"]
 METRICS = {"acc,none", "word_perplexity,none", "byte_perplexity,none", "bits_per_byte,none"}
+EMBEDDED_CHECKPOINT = str(EMBEDDED_MODEL)
 LIKELIHOOD = {"num_samples": 4, "sampling": "stratified", "check_greedy": False}
 
 
@@ -78,9 +81,8 @@ def assert_same(first, second):
 def all_runs(batch_size):
     """What two processes, other batch sizes and a second run must agree on."""
     return {
-        "confidence": run_harness(["illada_choice"], {"score": "confidence"}, chat=True, batch_size=batch_size),
+        "chat": run_harness(CHAT_TASKS, {"score": "confidence"}, chat=True, batch_size=batch_size),
         "likelihood": run_harness(["illada_choice"], LIKELIHOOD, chat=True, batch_size=batch_size),
-        "generation": run_harness(["illada_reversal"], chat=True, batch_size=batch_size),
         "documents": run_harness(DOCUMENT_TASKS, LIKELIHOOD, batch_size=batch_size),
     }
 
@@ -136,13 +138,13 @@ def accuracy(scores, run):
 
 
 def test_multiple_choice_by_confidence_equals_a_loop(model, tokenizer, reference):
-    run = reference["confidence"]
+    run = reference["chat"]
     pairs = choice_pairs(tokenizer, run)
     scores = [confidence_score(model, [pair])[0] for pair in pairs]
     assert len(pairs) == 12
-    for (score, greedy), expected in zip(run["illada_choice"]["responses"], scores, strict=True):
+    for (score, _), expected in zip(run["illada_choice"]["responses"], scores, strict=True):
         assert score == pytest.approx(expected.score, abs=1e-4)
-        assert greedy == expected.is_greedy
+    assert [greedy for _, greedy in run["illada_choice"]["responses"]] == is_greedy(model, pairs)
     assert run["illada_choice"]["metrics"]["acc,none"] == accuracy([score.score for score in scores], run)
 
 
@@ -165,9 +167,9 @@ def test_generation_equals_a_loop(model, tokenizer, reference):
         output = model.generate(prompt, max_new_tokens=64)
         text = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
         texts.append(text.split("\n")[0])
-    assert reference["generation"]["illada_reversal"]["responses"] == texts
+    assert reference["chat"]["illada_reversal"]["responses"] == texts
     expected = sum(example.is_correct(text) for example, text in zip(examples, texts)) / 3
-    assert reference["generation"]["illada_reversal"]["metrics"]["acc,none"] == expected
+    assert reference["chat"]["illada_reversal"]["metrics"]["acc,none"] == expected
 
 
 def test_infilling_equals_a_loop(model, tokenizer, reference):
@@ -212,8 +214,7 @@ def test_a_second_run_and_other_batch_sizes_give_the_same(reference, batch_size)
 
 def test_an_automatic_batch_size_gives_the_same(reference):
     automatic = {"chat": True, "batch_size": "auto", "max_batch_size": 8}
-    assert_same(reference["likelihood"], run_harness(["illada_choice"], LIKELIHOOD, **automatic))
-    assert_same(reference["generation"], run_harness(["illada_reversal"], **automatic))
+    assert_same(reference["chat"], run_harness(CHAT_TASKS, {"score": "confidence"}, **automatic))
 
 
 def test_another_seed_gives_another_estimate(reference):
@@ -264,7 +265,7 @@ def test_cached_requests_are_not_scored_again_and_a_cut_off_run_resumes(monkeypa
     scored.clear()
     resumed = run_harness(["illada_choice"], {"score": "confidence"}, **settings)
     assert scored == []
-    assert_same(reference["confidence"], resumed)
+    assert_same({"illada_choice": reference["chat"]["illada_choice"]}, resumed)
 
 
 def test_lora_adapters_are_scored(tmp_path, model, tokenizer):
@@ -288,7 +289,7 @@ def test_a_chat_template_without_a_system_role_drops_that_message(tokenizer, ref
     with pytest.raises(Exception, match="System role not supported"):
         tokenizer.apply_chat_template(messages)
     run = run_harness(["illada_reversal"], chat=True, system_instruction="Be brief.")
-    assert_same(reference["generation"], run)
+    assert_same({"illada_reversal": reference["chat"]["illada_reversal"]}, run)
 
 
 def test_stop_strings_end_a_response(harness_model, tokenizer):
@@ -448,7 +449,9 @@ def harness_arguments(monkeypatch):
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(cli.app, [*arguments], catch_exceptions=False)
+    app = typer.Typer()
+    app.command(context_settings=cli.CONTEXT_SETTINGS)(cli.evaluate)
+    return CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
 def test_the_command_hands_presets_and_then_the_users_arguments_to_the_harness(harness_arguments):
@@ -509,7 +512,7 @@ def test_the_command_says_what_is_missing_without_the_harness(monkeypatch):
 
 def test_the_command_has_help():
     output = invoke("--help").output
-    assert "--preset" in re.sub(r"\x1b\[[0-9;]*m", "", output) and "Example: illada eval" in output
+    assert "--preset" in re.sub(r"\x1b\[[0-9;]*m", "", output) and "illada eval --preset" in output
 
 
 def main(folder: Path):

@@ -22,9 +22,7 @@ def evaluate(
 ):
     """Evaluate a model with lm-eval. All arguments of `lm-eval run` are understood (see `lm-eval run --help`).
 
-    Example: illada eval --preset base-mmlu --batch_size 16
-
-    Example: illada eval --model_args pretrained=PATH,score=confidence --tasks illada_choice --apply_chat_template
+    Example: `illada eval --preset base-mmlu --batch_size 16`
     """
     if list_presets:
         for name, row in PRESETS.items():
@@ -58,10 +56,3 @@ def run_harness(arguments: list[str]):
         cli_evaluate()
     finally:
         sys.argv = command_line
-
-
-app = typer.Typer()
-app.command(context_settings=CONTEXT_SETTINGS)(evaluate)
-
-if __name__ == "__main__":
-    app()

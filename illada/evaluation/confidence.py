@@ -1,6 +1,6 @@
-"""The confidence score of a candidate, and whether greedy decoding would write it: one loop of reveals gives both."""
+"""The confidence score of a candidate, and whether greedy decoding would write it: one loop of reveals, two rules."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +16,10 @@ class ConfidenceScore:
     Attributes:
         score: sum of the log-probabilities of the candidate's tokens as they were revealed, in nats.
         order: candidate positions, counted from 0, as they were revealed.
-        is_greedy: whether greedy decoding, one token a step, would write exactly this candidate.
     """
 
     score: float
     order: list[int]
-    is_greedy: bool
 
 
 @torch.no_grad()
@@ -64,12 +62,10 @@ def confidence_score(
             vocabulary, more tokens than `max_position_embeddings`, a non-positive `batch_size`, a negative
             `guidance_scale`, a missing special id, or a model in training mode.
     """
-    return [
-        ConfidenceScore(score, order, greedy)
-        for score, order, greedy in _reveal_all(
-            model, pairs, append_eos, add_bos, bos_token_id, guidance_scale, batch_size, only_while_greedy=False
-        )
-    ]
+    revealed = _reveal_all(
+        model, pairs, append_eos, add_bos, bos_token_id, guidance_scale, batch_size, _true_tokens_by_probability
+    )
+    return [ConfidenceScore(score, order) for score, order, _ in revealed]
 
 
 @torch.no_grad()
@@ -83,89 +79,90 @@ def is_greedy(
     guidance_scale: float = 1.0,
     batch_size: int = 32,
 ) -> list[bool]:
-    """Whether each candidate is what greedy decoding writes in its place: one token a step, most confident first.
+    """Whether each candidate is what `generate` writes in its place: one token a step, most confident first.
 
-    This is the `is_greedy` of lm-eval for a masked diffusion model, as in the released evaluation. A pair costs
-    forwards up to its first difference, mostly one, and as many as the candidate has tokens if there is none.
+    This is lm-eval's `is_greedy` for a masked diffusion model, as in the released evaluation. The candidate is decoded
+    as one block of its own length; as in `generate`, [MASK] is never a prediction. A pair costs forwards up to its
+    first difference, mostly one, and as many as the candidate has tokens if there is none.
 
     Args, raises: those of [`confidence_score`].
 
     Returns:
         One boolean per pair, in the order given.
     """
-    return [
-        greedy
-        for _, _, greedy in _reveal_all(
-            model, pairs, append_eos, add_bos, bos_token_id, guidance_scale, batch_size, only_while_greedy=True
-        )
-    ]
+    revealed = _reveal_all(
+        model, pairs, append_eos, add_bos, bos_token_id, guidance_scale, batch_size, _predictions_by_confidence
+    )
+    return [agrees for _, _, agrees in revealed]
+
+
+RevealRule = Callable[[torch.Tensor, torch.LongTensor, int], tuple[torch.Tensor, torch.BoolTensor]]
+"""(logits (M, V), true tokens (M,), mask id) -> (what ranks the positions (M,), which of them may go on (M,))."""
+
+
+def _true_tokens_by_probability(
+    logits: torch.Tensor, true_tokens: torch.LongTensor, mask_token_id: int
+) -> tuple[torch.Tensor, torch.BoolTensor]:
+    """The confidence score's rule: log-probability of the true token, over the whole vocabulary."""
+    log_probs = logits.gather(1, true_tokens.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=1)
+    return log_probs, torch.ones_like(true_tokens, dtype=torch.bool)
+
+
+def _predictions_by_confidence(
+    logits: torch.Tensor, true_tokens: torch.LongTensor, mask_token_id: int
+) -> tuple[torch.Tensor, torch.BoolTensor]:
+    """Greedy decoding's rule: log-probability of the best token but [MASK]; the row goes on if it is the true one."""
+    logits = logits.index_fill(1, torch.tensor([mask_token_id], device=logits.device), -torch.inf)
+    best_logits, best_tokens = logits.max(dim=1)
+    return best_logits - logits.logsumexp(dim=1), best_tokens == true_tokens
 
 
 def _reveal_all(
-    model, pairs, append_eos, add_bos, bos_token_id, guidance_scale, batch_size, only_while_greedy
+    model, pairs, append_eos, add_bos, bos_token_id, guidance_scale, batch_size, rule: RevealRule
 ) -> list[tuple[float, list[int], bool]]:
-    """[`_reveal`] of all pairs in batches of similar length: score, order and greedy agreement, in the order given."""
+    """[`_reveal`] of all pairs in batches of similar length: score, order and survival, in the order given."""
     check_model(model)
     check_forward_settings(batch_size, guidance_scale)
     canvases = make_canvases(model, pairs, append_eos=append_eos, add_bos=add_bos, bos_token_id=bos_token_id)
     results: list = [None] * len(canvases)
     for indices, batch in length_batches(canvases, batch_size, model.device):
-        tensors = _reveal(model, batch, guidance_scale, only_while_greedy)
-        for index, score, order, greedy in zip(indices, *(tensor.tolist() for tensor in tensors)):
-            results[index] = (score, order[: canvases[index].length], greedy)
+        tensors = _reveal(model, batch, guidance_scale, rule)
+        for index, score, order, survives in zip(indices, *(tensor.tolist() for tensor in tensors)):
+            results[index] = (score, order[: canvases[index].length], survives)
     return results
 
 
 def _reveal(
-    model: PreTrainedModel, batch: Batch, guidance_scale: float, only_while_greedy: bool
+    model: PreTrainedModel, batch: Batch, guidance_scale: float, rule: RevealRule
 ) -> tuple[torch.DoubleTensor, torch.LongTensor, torch.BoolTensor]:
-    """Reveals the true tokens of every row, most probable first.
-
-    As long as greedy decoding writes the candidate, it reveals the same positions in the same order: the most
-    confident prediction anywhere is then a true token, and no other true token can have a higher probability. One
-    loop therefore serves both scores.
-
-    Args:
-        only_while_greedy: retire a row at the first token that greedy decoding would not write.
+    """Reveals the true token at the best ranked position of every row, until nothing is masked or the rule says no.
 
     Returns:
-        Score in nats `(B,)`, reveal order `(B, L)` in candidate positions (valid up to the row's own length), and
-        whether greedy decoding agrees `(B,)`.
+        Sum of the ranks of what was revealed `(B,)`, the order of the reveals `(B, L)` in candidate positions (valid
+        up to the row's own length), and whether the rule let the row go on to its end `(B,)`.
     """
     device = batch.tokens.device
     masked = batch.candidate_mask()
-    scores = torch.zeros(len(batch.tokens), dtype=torch.double, device=device)
+    sums = torch.zeros(len(batch.tokens), dtype=torch.double, device=device)
     orders = torch.zeros(len(batch.tokens), int(batch.lengths.max()), dtype=torch.long, device=device)
-    greedy = torch.ones(len(batch.tokens), dtype=torch.bool, device=device)
-    rows = torch.arange(len(batch.tokens))
+    survives = torch.ones(len(batch.tokens), dtype=torch.bool, device=device)
     for step in range(orders.shape[1]):
-        rows = rows[batch.lengths[rows] > step]
-        if only_while_greedy:
-            rows = rows[greedy[rows].cpu()]
-            if len(rows) == 0:
-                break
+        rows = (survives.cpu() & (batch.lengths > step)).nonzero().squeeze(1)
+        if len(rows) == 0:
+            break
         active = batch.select(rows)
         active_masked = masked[rows, : active.tokens.shape[1]]
         logits = masked_logits(model, active, active_masked, guidance_scale)
-        normaliser = logits.logsumexp(dim=-1)
-        true_tokens = active.tokens[active_masked]
-        true_log_probs = logits.gather(1, true_tokens.unsqueeze(1)).squeeze(1) - normaliser
-        logits[:, model.config.mask_token_id] = -torch.inf  # [MASK] is never a prediction
-        best_logits, best_tokens = logits.max(dim=-1)
+        ranks, may_go_on = rule(logits, active.tokens[active_masked], model.config.mask_token_id)
 
-        score, position = _on_canvas(true_log_probs, active_masked, -torch.inf).max(dim=1)
-        greedy_position = _on_canvas(best_logits - normaliser, active_masked, -torch.inf).argmax(dim=1)
-        writes_truth = _on_canvas(best_tokens == true_tokens, active_masked, False)
-        agrees = (greedy_position == position) & writes_truth.gather(1, position.unsqueeze(1)).squeeze(1)
-
-        row_ids = rows.to(device)
-        scores[row_ids] += score
-        orders[row_ids, step] = position - active.starts.to(device)
-        greedy[row_ids] &= agrees
-        masked[row_ids, position] = False
-    return scores, orders, greedy
-
-
-def _on_canvas(values: torch.Tensor, mask: torch.BoolTensor, fill: float | bool) -> torch.Tensor:
-    """Puts values (M,) at the M True positions of a mask (B, T), and `fill` elsewhere."""
-    return values.new_full(mask.shape, fill).masked_scatter(mask, values)
+        # The first of equals: the lower position.
+        rank, position = (
+            ranks.new_full(active_masked.shape, -torch.inf).masked_scatter(active_masked, ranks).max(dim=1)
+        )
+        goes_on = torch.zeros_like(active_masked).masked_scatter(active_masked, may_go_on)
+        rows = rows.to(device)
+        sums[rows] += rank
+        orders[rows, step] = position - active.starts.to(device)
+        survives[rows] = goes_on.gather(1, position.unsqueeze(1)).squeeze(1)
+        masked[rows, position] = False
+    return sums, orders, survives

@@ -18,10 +18,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from .. import EMBEDDED_MODEL
 from .confidence import confidence_score, is_greedy
 from .likelihood import Sampling, check_sampling, monte_carlo_log_likelihood, rolling_log_likelihood
 from .pairs import check_forward_settings, check_model
-from .presets import EMBEDDED_CHECKPOINT
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ class MaskedDiffusionLM(HFLM):
             The seed is that of torch, which the harness sets (`--seed`).
         append_eos (`bool`, defaults to `False`): put one EOS after every candidate.
         check_greedy (`bool`, defaults to `True`):
-            Compute the harness's `is_greedy`. Metrics of multiple-choice accuracy do not read it, and a likelihood run
-            is faster without; it is then always false. The confidence score gives it for nothing.
+            Compute the harness's `is_greedy`, which costs forwards of its own. Multiple-choice accuracy does not read
+            it. Without, it is always false.
         guidance_scale (`float`, defaults to 1.0): weight of the conditional logits; 1 is no guidance. Generation takes
             it from here too.
         add_bos_token (`bool`, *optional*): as in `HFLM`, and with `True` a context that the tokenizer does not begin
@@ -63,7 +63,7 @@ class MaskedDiffusionLM(HFLM):
 
     def __init__(
         self,
-        pretrained: str | PreTrainedModel = EMBEDDED_CHECKPOINT,
+        pretrained: str | PreTrainedModel = str(EMBEDDED_MODEL),
         *,
         score: Score = "likelihood",
         num_samples: int = 128,
@@ -149,15 +149,17 @@ class MaskedDiffusionLM(HFLM):
         batch_size = self._rows_per_forward()
         with self._autocast():
             if self.score == "confidence":
-                scores = confidence_score(self.model, pairs, batch_size=batch_size, **settings)
-                return [(score.score, score.is_greedy) for score in scores]
-            likelihoods = monte_carlo_log_likelihood(
-                self.model, pairs, batch_size=batch_size, **self._sampling_settings(), **settings
-            )
+                results = confidence_score(self.model, pairs, batch_size=batch_size, **settings)
+                scores = [result.score for result in results]
+            else:
+                results = monte_carlo_log_likelihood(
+                    self.model, pairs, batch_size=batch_size, **self._sampling_settings(), **settings
+                )
+                scores = [result.log_likelihood for result in results]
             greedy = [False] * len(pairs)
             if self.check_greedy:
                 greedy = is_greedy(self.model, pairs, batch_size=batch_size, **settings)
-        return [(likelihood.log_likelihood, agrees) for likelihood, agrees in zip(likelihoods, greedy)]
+        return list(zip(scores, greedy))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The bound on the log-likelihood of each text, in nats, by windows of `max_length` tokens.

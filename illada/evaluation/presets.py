@@ -7,13 +7,11 @@ harness's standard task and its own number stand.
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import illada
+from .. import EMBEDDED_MODEL
 
 BASE = "GSAI-ML/iLLaDA-8B-Base"
 INSTRUCT = "GSAI-ML/iLLaDA-8B-Instruct"
-EMBEDDED_CHECKPOINT = str(Path(illada.__file__).parent / "checkpoints" / "illada-tiny")
 
 
 @dataclass(frozen=True)
@@ -74,10 +72,10 @@ def _instruct(
     return Preset(tasks, INSTRUCT, published, gen_kwargs=_generation(max_gen_toks, block_length, **boost), chat=True)
 
 
-_RELEASED_FRAME = {"append_eos": True, "add_bos_token": True}
+# Accuracy does not read `is_greedy`, which would cost forwards of its own.
+_RELEASED_FRAME = {"append_eos": True, "add_bos_token": True, "check_greedy": False}
 _CONFIDENCE = {"score": "confidence", **_RELEASED_FRAME}
-# Accuracy does not read `is_greedy`, which would cost as much again as the one sample.
-_ONE_SAMPLE = {"score": "likelihood", "num_samples": 1, "check_greedy": False, **_RELEASED_FRAME}
+_ONE_SAMPLE = {"score": "likelihood", "num_samples": 1, **_RELEASED_FRAME}
 
 PRESETS: dict[str, Preset] = {
     "base-mmlu": Preset("mmlu", BASE, 74.8, model_args=_ONE_SAMPLE, num_fewshot=5),
@@ -94,8 +92,8 @@ PRESETS: dict[str, Preset] = {
     "instruct-mmlu-pro": _instruct("mmlu_pro", 52.3, max_gen_toks=4096),
     "instruct-humaneval": _instruct("humaneval_instruct", 65.9, max_gen_toks=2048, end_think_power=1.0),
     "instruct-mbpp": _instruct("mbpp_instruct", 58.0, max_gen_toks=2048, block_length=16),
-    "tiny-chat": Preset("illada_chat", EMBEDDED_CHECKPOINT, model_args={"score": "confidence"}, chat=True),
-    "tiny-documents": Preset("illada_documents", EMBEDDED_CHECKPOINT),
+    "tiny-chat": Preset("illada_chat", str(EMBEDDED_MODEL), model_args={"score": "confidence"}, chat=True),
+    "tiny-documents": Preset("illada_documents", str(EMBEDDED_MODEL)),
 }
 """Settings by name: one row of a published table each, and two for the embedded model."""
 
