@@ -4,11 +4,9 @@ Every example is judged by a program (`Example.is_correct`). The prompts of one 
 left-padded batches; the blanks of plain documents are filled in place.
 """
 
-import json
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Annotated
 
-import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,24 +43,25 @@ def evaluate_family(model, tokenizer, family: str, count: int, batch_size: int, 
     return {"exact_match": correct / count, "tokens_per_forward": tokens_per_forward / count}
 
 
+def markdown_table(model, tokenizer, count: int, batch_size: int) -> Iterator[str]:
+    """The lines of a table of exact match and tokens per forward, a family each."""
+    yield f"| family | exact match of {count} | tokens per forward |"
+    yield "| --- | --- | --- |"
+    for family in FAMILIES:
+        figures = evaluate_family(model, tokenizer, family, count, batch_size)
+        yield "| {} | {exact_match:.1%} | {tokens_per_forward:.2f} |".format(family, **figures)
+
+
 def main(
     model: Annotated[str, typer.Argument(help="Checkpoint folder.")] = str(EMBEDDED_MODEL),
     count: Annotated[int, typer.Option(help="Held-out examples of each family.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Prompts in a batch.")] = 50,
-    output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
 ):
     """Print a table of exact match and tokens per forward for each family."""
     loaded = AutoModelForCausalLM.from_pretrained(model).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    results = {}
-    print(f"| family | exact match of {count} | tokens per forward |\n| --- | --- | --- |")
-    for family in FAMILIES:
-        results[family] = evaluate_family(loaded, tokenizer, family, count, batch_size)
-        print("| {} | {exact_match:.1%} | {tokens_per_forward:.2f} |".format(family, **results[family]), flush=True)
-    if output is not None:
-        output.write_text(json.dumps({"count": count, "families": results}, indent=2) + "\n")
+    for line in markdown_table(loaded, AutoTokenizer.from_pretrained(model), count, batch_size):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     typer.run(main)

@@ -9,20 +9,24 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForMultimodalLM
 
 from .configuration_illada import ILLaDAConfig
+from .configuration_llada import LLaDAConfig
 from .denoising import DenoisingStep
 from .generation import MaskedDiffusionGenerationMixin, MaskedDiffusionGenerationOutput
 from .generation_config import MaskedDiffusionGenerationConfig
 from .modeling_illada import ILLaDAForCausalLM, ILLaDAModel, ILLaDAPreTrainedModel, masked_diffusion_loss
+from .modeling_llada import LLaDAModelLM
+from .revision import RevisionOutput
 
 __version__ = "0.1.0"
 
 EMBEDDED_MODEL = Path(__file__).parent / "checkpoints" / "illada-tiny"
 """Folder of the small instruction model that comes with the package."""
 
-AutoConfig.register(ILLaDAConfig.model_type, ILLaDAConfig)
 # The release's `AutoModel` has logits, and `transformers serve` loads the multimodal class.
-for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForMultimodalLM):
-    _auto_class.register(ILLaDAConfig, ILLaDAForCausalLM)
+for _config_class, _model_class in ((ILLaDAConfig, ILLaDAForCausalLM), (LLaDAConfig, LLaDAModelLM)):
+    AutoConfig.register(_config_class.model_type, _config_class)
+    for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForMultimodalLM):
+        _auto_class.register(_config_class, _model_class)
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -31,8 +35,11 @@ __all__ = [
     "ILLaDAForCausalLM",
     "ILLaDAModel",
     "ILLaDAPreTrainedModel",
+    "LLaDAConfig",
+    "LLaDAModelLM",
     "MaskedDiffusionGenerationConfig",
     "MaskedDiffusionGenerationMixin",
     "MaskedDiffusionGenerationOutput",
+    "RevisionOutput",
     "masked_diffusion_loss",
 ]

@@ -96,9 +96,8 @@ class Canvas:
         )
 
     def finish(self, finished: torch.BoolTensor, ends: torch.LongTensor):
-        """Finishes the live rows of `finished` (B,), whose texts end before the columns `ends` (B,)."""
-        finished = finished & self.live
-        self.ends = torch.where(finished, ends, self.ends)
+        """Finishes the rows of `finished` (B,), whose texts end before the columns `ends` (B,). The least counts."""
+        self.ends = torch.where(finished & (self.live | (ends < self.ends)), ends, self.ends)
         self.live = self.live & ~finished
 
     def finish_at_eos(self, eos_token_ids: torch.LongTensor):

@@ -2,19 +2,28 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
-# Heavy imports stand inside the functions, so that `--help` answers at once.
+from . import EMBEDDED_MODEL
+from .blanks import encode_with_blanks
+from .conversion.cli import convert, export
+from .live import LiveDenoising
+from .trace import check_trace_path, write_trace
 
 app = typer.Typer(
     name="illada",
-    help="Masked diffusion language models: generate, fill blanks, inspect.",
+    help="Masked diffusion language models: generate, fill blanks, revise, convert, export.",
     epilog="Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -30,7 +39,12 @@ JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 LIVE = Annotated[
     bool | None, typer.Option("--live/--no-live", help="Show the denoising.", show_default="on a terminal")
 ]
+TRACE = Annotated[
+    Path | None,
+    typer.Option(help="Write a page (.html) that plays the denoising, or a picture (.png).", show_default="off"),
+]
 SEED = Annotated[int | None, typer.Option(help="Seed of the noise.", show_default="random")]
+PRESET = Annotated[str | None, typer.Option(help="exact or fast; other options override it.", show_default="exact")]
 BLOCK_LENGTH = Annotated[int | None, typer.Option(help="Tokens decoded together.", show_default="the checkpoint's")]
 STEPS = Annotated[int | None, typer.Option(help="Denoising steps per block.", show_default="one per token")]
 REMASKING = Annotated[
@@ -52,28 +66,18 @@ TOP_K = Annotated[int | None, typer.Option(help="Candidates of the sampling.", s
 
 
 def _load(model: str | None, device: str | None, dtype: str):
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    from . import EMBEDDED_MODEL
-
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     source = str(EMBEDDED_MODEL) if model is None else model
-    if (
-        model is not None
-        and (os.path.sep in model or Path(model).exists())
-        and not Path(model, "config.json").exists()
-    ):
-        # A name with a separator may also be a Hub id, which has exactly one and begins with neither dot nor slash.
-        if Path(model).exists() or model.startswith((".", "~", os.path.sep)) or model.count("/") != 1:
-            raise ValueError(
-                f"`--model` must be a checkpoint folder or a Hub id, got {model!r}: no config.json there."
-            )
+    is_hub_id = not Path(source).exists() and re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", source)
+    if not is_hub_id and not Path(source, "config.json").exists():
+        raise ValueError(f"`--model` must be a checkpoint folder or a Hub id, got {source!r}: no config.json there.")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"`--dtype` must be auto, float32, bfloat16 or float16, got {dtype!r}.")
-    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except SafetensorError as error:
+        raise ValueError(f"A safetensors file of {source!r} is damaged: {error}.") from error
     tokenizer = AutoTokenizer.from_pretrained(source)
     return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
@@ -93,10 +97,6 @@ def _denoise(
     model, tokenizer, input_ids: list[int], live: bool | None, as_json: bool, seed: int | None, settings: dict
 ):
     """Runs `generate` on one prompt, shown live if asked, and returns its output."""
-    import torch
-
-    from .live import LiveDenoising
-
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     call = {
         "input_ids": torch.tensor([input_ids], device=model.device),
@@ -138,6 +138,7 @@ def generate(
     canvas: Annotated[
         str | None, typer.Option(help="growing (iLLaDA) or fixed (LLaDA).", show_default="the checkpoint's")
     ] = None,
+    preset: PRESET = None,
     block_length: BLOCK_LENGTH = None,
     steps: STEPS = None,
     remasking: REMASKING = None,
@@ -155,12 +156,14 @@ def generate(
     device: DEVICE = None,
     dtype: DTYPE = "auto",
     live: LIVE = None,
+    trace: TRACE = None,
     as_json: JSON = False,
 ):
     """Answer a prompt, or continue a text, by iterative denoising.
 
     Example: `illada generate "Tom has 7 apples. He buys 5 more. How many apples does Tom have now?"`
     """
+    check_trace_path(trace)
     prompt = sys.stdin.read() if prompt == "-" else prompt
     if not prompt.strip():
         raise ValueError(f"PROMPT must hold some text, got {prompt!r}.")
@@ -173,6 +176,7 @@ def generate(
     else:
         input_ids = tokenizer(prompt)["input_ids"]
     settings = _set(
+        preset=preset,
         max_new_tokens=max_new_tokens,
         canvas=canvas,
         block_length=block_length,
@@ -183,9 +187,12 @@ def generate(
         entropy_bound=entropy_bound,
         guidance_scale=guidance_scale,
         stop_strings=stop or None,
+        output_trace=trace is not None,
     )
     settings |= _sampling(temperature, top_p, top_k)
     output = _denoise(loaded, tokenizer, input_ids, live, as_json, seed, settings)
+    if trace is not None:
+        write_trace(trace, tokenizer, output, first_column=len(input_ids))
     text = tokenizer.decode(output.sequences[0, len(input_ids) :], skip_special_tokens=True)
     _print_result(text.strip(), output, as_json)
 
@@ -194,6 +201,7 @@ def generate(
 def infill(
     text: Annotated[str, typer.Argument(help="Text with blanks: <[MASK]> is one token, <[MASK]*4> four.")],
     model: MODEL = None,
+    preset: PRESET = None,
     block_length: BLOCK_LENGTH = None,
     steps: STEPS = None,
     remasking: REMASKING = None,
@@ -207,17 +215,18 @@ def infill(
     device: DEVICE = None,
     dtype: DTYPE = "auto",
     live: LIVE = None,
+    trace: TRACE = None,
     as_json: JSON = False,
 ):
     """Fill the blanks of a text in place; the rest of it never changes.
 
     Example: `illada infill "Tom has 3 pears and<[MASK]> cups. 3 + 4 = 7, so Tom has 7 things in all."`
     """
-    from .blanks import encode_with_blanks
-
+    check_trace_path(trace)
     loaded, tokenizer = _load(model, device, dtype)
     input_ids = encode_with_blanks(tokenizer, text, loaded.generation_config.mask_token_id)
     settings = _set(
+        preset=preset,
         max_new_tokens=0,
         block_length=block_length,
         max_denoising_steps=steps,
@@ -225,10 +234,56 @@ def infill(
         confidence_threshold=confidence_threshold,
         confidence_factor=confidence_factor,
         entropy_bound=entropy_bound,
+        output_trace=trace is not None,
     )
     settings |= _sampling(temperature, top_p, top_k)
     output = _denoise(loaded, tokenizer, input_ids, live, as_json, seed, settings)
+    if trace is not None:
+        write_trace(trace, tokenizer, output, first_column=0)
     _print_result(tokenizer.decode(output.sequences[0], skip_special_tokens=True), output, as_json)
+
+
+@app.command()
+def revise(
+    text: Annotated[str, typer.Argument(help="Finished text; - reads standard input.")],
+    model: MODEL = None,
+    fraction: Annotated[
+        float | None, typer.Option(help="Share of the tokens to write anew.", show_default="0.1 without --threshold")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Or: write anew every token less likely than this.", show_default="off")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds of reading and writing anew.", min=1)] = 1,
+    seed: SEED = None,
+    temperature: TEMPERATURE = 0.0,
+    top_p: TOP_P = None,
+    top_k: TOP_K = None,
+    device: DEVICE = None,
+    dtype: DTYPE = "auto",
+    as_json: JSON = False,
+):
+    """Write anew the tokens of a text that the model finds least likely in their context.
+
+    Example: `illada revise "Tom has 3 pears and 4 cups. 3 + 4 = 9, so Tom has 7 things in all." --threshold 0.1`
+    """
+    text = sys.stdin.read() if text == "-" else text
+    if not text.strip():
+        raise ValueError(f"TEXT must hold some text, got {text!r}.")
+    loaded, tokenizer = _load(model, device, dtype)
+    output = loaded.revise(
+        torch.tensor([tokenizer(text)["input_ids"]], device=loaded.device),
+        fraction=0.1 if fraction is None and threshold is None else fraction,
+        threshold=threshold,
+        num_rounds=rounds,
+        generator=None if seed is None else torch.Generator(loaded.device).manual_seed(seed),
+        **_sampling(temperature, top_p, top_k),
+    )
+    revised = tokenizer.decode(output.sequences[0], skip_special_tokens=True)
+    changes = [
+        {"position": position, "to": tokenizer.decode(output.sequences[0, position])}
+        for position in output.changed[0].nonzero().squeeze(-1).tolist()
+    ]
+    print(json.dumps({"text": revised, "changes": changes}, ensure_ascii=False) if as_json else revised)
 
 
 @app.command()
@@ -265,6 +320,10 @@ def info(model: MODEL = None, as_json: JSON = False):
             value = ", ".join(f"{key} {item}" for key, item in value.items())
         table.add_row(name, f"{value:,}" if type(value) is int else str(value))
     Console().print(table)
+
+
+app.command()(convert)
+app.command()(export)
 
 
 def main():

@@ -1,5 +1,7 @@
 """Configuration of iLLaDA, a bidirectional masked diffusion language model of Llama's shape."""
 
+from typing import ClassVar
+
 from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
 
@@ -17,6 +19,9 @@ class ILLaDAConfig(LlamaConfig):
         resid_pdrop (`float`, defaults to 0.0):
             Dropout probability of the outputs of attention and of the MLP, before each is added to the residual
             stream. Active in training only.
+        rope_full_precision (`bool`, defaults to `False`):
+            Whether queries and keys are rotated in fp32 and then cast back, as LLaDA does, instead of in their own
+            precision.
         layer_norm_eps (`None`):
             Present in released configurations, where a number would ask for LayerNorm in place of RMSNorm.
 
@@ -26,6 +31,7 @@ class ILLaDAConfig(LlamaConfig):
 
     model_type = "illada"
     default_theta = 500000.0
+    clip_qkv: ClassVar[None] = None  # read by the attention that is inherited from OLMo
 
     vocab_size: int = 155136
     hidden_size: int = 4096
@@ -42,6 +48,7 @@ class ILLaDAConfig(LlamaConfig):
     mask_token_id: int | None = 5
     tie_word_embeddings: bool = True
     resid_pdrop: float | int = 0.0
+    rope_full_precision: bool = False
     layer_norm_eps: float | None = None
 
     def validate_architecture(self):

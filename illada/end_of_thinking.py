@@ -33,7 +33,8 @@ class EndOfThinkingBoost:
         token_ids = torch.tensor(self.token_ids, device=tokens.device)
         next_id = token_ids[self._matched(tokens, position, token_ids)]
         progress = ((position - self.prompt_length + 1) / self.max_new_tokens).clamp(0, 1)
-        amount = self.boost * progress**self.power * ~self._has_ended(tokens, token_ids)
+        is_thinking = (position >= self.prompt_length) & ~self._has_ended(tokens, token_ids)
+        amount = self.boost * progress**self.power * is_thinking
         logits = logits.clone()
         logits[is_first.nonzero().squeeze(-1), next_id] += amount.to(logits.dtype)
         return logits

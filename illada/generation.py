@@ -6,6 +6,7 @@ block after block; a *denoising step* predicts the masks of the block and commit
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -26,9 +27,9 @@ from .canvas import Block, Canvas
 from .denoising import Denoiser, DenoisingStep, PositionProcessor
 from .end_of_thinking import EndOfThinkingBoost
 from .generation_config import MaskedDiffusionGenerationConfig
+from .prompts import prepare_max_new_tokens, prepare_prompts
 from .remasking import commit_quotas
-
-DEFAULT_MAX_NEW_TOKENS = 256
+from .revision import RevisionOutput, check_revision, least_likely, leave_one_out_confidences
 
 
 @dataclass
@@ -41,7 +42,7 @@ class MaskedDiffusionGenerationOutput(ModelOutput):
         num_forward_passes (`torch.LongTensor` of shape `(B,)`):
             Forward passes of the model in which the row took part; a guided pass counts once.
         tokens_per_forward (`torch.FloatTensor` of shape `(B,)`):
-            Tokens that were generated for the row, its EOS included, per forward pass.
+            Tokens that were generated for the row, its EOS included, per forward pass; 0 if it took part in none.
         commit_steps (`torch.LongTensor` of shape `(B, S)`, with `output_trace=True`):
             The row's forward pass, counted from 1, that committed the position; 0 for given tokens and padding.
         commit_confidences (`torch.FloatTensor` of shape `(B, S)`, with `output_trace=True`):
@@ -96,7 +97,7 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
             logits_processor (`LogitsProcessorList`, *optional*):
                 Called with one row per masked position: the canvas of its text, in which padding reads as [MASK], and
                 its logits (M, V). Confidence is taken from what they return.
-            stopping_criteria (`StoppingCriteriaList`, *optional*): asked at the end of each block.
+            stopping_criteria (`StoppingCriteriaList`, *optional*): asked at the end of each block of the response.
             streamer (`BaseStreamer`, *optional*):
                 For one prompt. Receives the prompt, each settled block and, if it has `put_draft`, after each step
                 the block with the current predictions in place of its masks.
@@ -106,7 +107,8 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
             tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for `stop_strings`.
             attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*):
                 0 for padding. If absent, leading pad tokens are padding, unless pad is an EOS too.
-            kwargs: fields of [`MaskedDiffusionGenerationConfig`].
+            kwargs: fields of [`MaskedDiffusionGenerationConfig`], or `preset`, a name in
+                `generation_config.PRESETS`, whose fields other arguments override.
 
         Returns:
             `torch.LongTensor` of shape `(B, S + new)`, or a [`MaskedDiffusionGenerationOutput`] with
@@ -116,9 +118,28 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
             ValueError: names the argument, its value and what is allowed, before the first forward pass.
         """
         # 1. Settings, prompts, canvas
+        for name, value, kind in (
+            ("generation_config", generation_config, GenerationConfig),
+            ("logits_processor", logits_processor, list),
+            ("stopping_criteria", stopping_criteria, list),
+            ("on_step", on_step, Callable),
+            ("generator", generator, torch.Generator),
+            ("attention_mask", attention_mask, torch.Tensor),
+        ):
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"`{name}` must be a {kind.__name__}, got {value!r}.")
         config = self._prepare_settings(generation_config, kwargs)
-        input_ids, attention_mask = self._prepare_prompts(inputs, input_ids, attention_mask, config)
-        max_new_tokens = self._prepare_max_new_tokens(input_ids, attention_mask, config)
+        if (inputs is None) == (input_ids is None):
+            raise ValueError("`generate` must get exactly one of `inputs` and `input_ids`.")
+        input_ids = inputs if input_ids is None else input_ids
+        input_ids, attention_mask = prepare_prompts(input_ids, attention_mask, config, self.config.vocab_size)
+        max_new_tokens = prepare_max_new_tokens(input_ids, attention_mask, config, self.config.max_position_embeddings)
+        input_ids, attention_mask = (
+            tensor.to(self.device).repeat_interleave(config.num_return_sequences or 1, 0)
+            for tensor in (input_ids, attention_mask)
+        )
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise ValueError(f"`streamer` must have the methods `put` and `end`, got {streamer!r}.")
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(f"`streamer` must be given with one prompt, got a batch of {len(input_ids)}.")
         stopping_criteria = self._prepare_stopping_criteria(config, stopping_criteria, tokenizer)
@@ -153,34 +174,94 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
         output = _output(canvas, config)
         return output if config.return_dict_in_generate else output.sequences
 
+    @torch.no_grad()
+    def revise(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        fraction: float | None = None,
+        threshold: float | None = None,
+        protected: torch.BoolTensor | None = None,
+        num_rounds: int = 1,
+        num_scoring_passes: int | None = None,
+        **kwargs,
+    ) -> RevisionOutput:
+        """Masks the tokens of a finished text that are least likely in its context, and writes them anew.
+
+        A round asks the model how likely each token is given all others (`leave_one_out_confidences`), masks the least
+        likely and fills them as `generate` fills blanks. It ends early when a round changes nothing.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, S)`): finished texts, padded on the left, without [MASK].
+            attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): as in `generate`.
+            fraction (`float`, *optional*): in (0, 1]; this share of a row's tokens is written anew, rounded up.
+            threshold (`float`, *optional*): in (0, 1]; or every token less likely than this.
+            protected (`torch.BoolTensor` of shape `(B, S)`, *optional*):
+                True for tokens that must stay. BOS, EOS, padding and [MASK] ids are always protected.
+            num_rounds (`int`, defaults to 1).
+            num_scoring_passes (`int`, *optional*):
+                Forward passes to ask how likely the tokens are; one per token if absent, which is exact.
+            kwargs: fields of [`MaskedDiffusionGenerationConfig`] and arguments of `generate` for the filling.
+
+        Raises:
+            ValueError: names the argument, its value and what is allowed, before the first forward pass.
+        """
+        check_revision(fraction, threshold, num_rounds, num_scoring_passes)
+        settings = {**kwargs, "max_new_tokens": 0, "return_dict_in_generate": True}
+        arguments = inspect.signature(self.generate).parameters
+        fields = {name: value for name, value in settings.items() if name not in arguments}
+        config = self._prepare_settings(settings.get("generation_config"), fields)
+        tokens, mask = (
+            tensor.to(self.device)
+            for tensor in prepare_prompts(input_ids, attention_mask, config, self.config.vocab_size)
+        )
+        if (tokens == config.mask_token_id).any():
+            raise ValueError("`input_ids` must be finished texts, got a [MASK]: fill it with `generate` first.")
+        if protected is not None and protected.shape != tokens.shape:
+            raise ValueError(f"`protected` must be {tuple(tokens.shape)}, got {tuple(protected.shape)}.")
+        special_ids = [config.bos_token_id, config.pad_token_id, *config.eos_token_ids]
+        special = torch.tensor([token_id for token_id in special_ids if token_id is not None], device=tokens.device)
+        asked = mask & ~torch.isin(tokens, special)
+        if protected is not None:
+            asked &= ~protected.to(tokens.device).bool()
+
+        original, first_confidences, rounds_run = tokens, None, 0
+        while rounds_run < num_rounds:
+            rounds_run += 1
+            confidences = leave_one_out_confidences(
+                self, tokens, mask, asked, config.mask_token_id, num_scoring_passes
+            )
+            first_confidences = confidences if first_confidences is None else first_confidences
+            remasked = least_likely(confidences, fraction, threshold)
+            if not remasked.any():
+                break
+            masked = tokens.masked_fill(remasked, config.mask_token_id)
+            revised = self.generate(masked, attention_mask=mask, **settings).sequences
+            if torch.equal(revised, tokens):
+                break
+            tokens = revised
+        return RevisionOutput(
+            sequences=tokens,
+            changed=tokens != original,
+            confidences=first_confidences,
+            num_rounds=rounds_run,
+        )
+
     def adjust_generation_fn(self, generation_config, *args, **kwargs):
         """Called by `from_pretrained`: makes the generation config that it loads one of masked diffusion."""
         super().adjust_generation_fn(generation_config, *args, **kwargs)
-        self.generation_config = self._as_masked_diffusion_config(self.generation_config)
+        self.generation_config = MaskedDiffusionGenerationConfig.from_standard(self.generation_config)
         if self.generation_config.mask_token_id is None:
             self.generation_config.mask_token_id = self.config.mask_token_id
-
-    def _as_masked_diffusion_config(self, config: GenerationConfig | None) -> MaskedDiffusionGenerationConfig:
-        if isinstance(config, MaskedDiffusionGenerationConfig):
-            return config
-        return MaskedDiffusionGenerationConfig.from_dict({} if config is None else config.to_dict())
+        if self.generation_config.do_sample is None:
+            self.generation_config.do_sample = False  # or else pipelines would set their own sampling
 
     def _prepare_settings(
         self, generation_config: GenerationConfig | None, kwargs: dict
     ) -> MaskedDiffusionGenerationConfig:
-        """Merges keyword arguments, the given config, the model's own and the defaults; the earlier wins."""
-        base = self._as_masked_diffusion_config(generation_config)
-        config, _ = self._prepare_generation_config(base)
-        unknown = config.update(**kwargs)
-        unknown = {name: value for name, value in unknown.items() if value is not None and value is not False}
-        if unknown:
-            raise ValueError(
-                f"`generate` got unknown arguments {sorted(unknown)}: it takes the fields of "
-                "`MaskedDiffusionGenerationConfig` and the arguments of its docstring."
-            )
-        lengths = {name: kwargs.get(name, getattr(base, name)) for name in ("max_length", "max_new_tokens")}
-        if lengths["max_length"] is not None and lengths["max_new_tokens"] is None:
-            config.max_new_tokens = None  # the caller's limit wins over the checkpoint's
+        """The call's settings with every field that the loop reads, checked against the model."""
+        config = MaskedDiffusionGenerationConfig.merged(self.generation_config, generation_config, **kwargs)
         if config.canvas is None:
             config.canvas = self.default_canvas
         if config.mask_token_id is None:
@@ -191,77 +272,16 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
             if getattr(config, name) is None:
                 raise ValueError(f"`{name}` must be set in the model's config or passed to `generate`, got None.")
         config.validate()
+        for name, ids in (
+            ("mask_token_id", [config.mask_token_id]),
+            ("pad_token_id", [config.pad_token_id]),
+            ("eos_token_id", config.eos_token_ids),
+            ("end_think_token_ids", config.end_think_token_ids or []),
+            ("suppress_tokens", config.suppress_tokens or []),
+        ):
+            if any(token_id >= self.config.vocab_size for token_id in ids):
+                raise ValueError(f"`{name}` must be in the vocabulary of {self.config.vocab_size} tokens, got {ids}.")
         return config
-
-    def _prepare_prompts(
-        self,
-        inputs: torch.LongTensor | None,
-        input_ids: torch.LongTensor | None,
-        attention_mask: torch.Tensor | None,
-        config: MaskedDiffusionGenerationConfig,
-    ) -> tuple[torch.LongTensor, torch.BoolTensor]:
-        """Checks the prompts and returns them with their boolean mask, repeated `num_return_sequences` times."""
-        if (inputs is None) == (input_ids is None):
-            raise ValueError("`generate` must get exactly one of `inputs` and `input_ids`.")
-        input_ids = inputs if input_ids is None else input_ids
-        if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-            kind = getattr(input_ids, "dtype", type(input_ids).__name__)
-            raise ValueError(f"`input_ids` must be a tensor of dtype int64 or int32, got {kind}.")
-        if input_ids.ndim != 2 or input_ids.numel() == 0:
-            raise ValueError(f"`input_ids` must be (batch, tokens) and not empty, got {tuple(input_ids.shape)}.")
-        if input_ids.min() < 0 or input_ids.max() >= self.config.vocab_size:
-            raise ValueError(
-                f"`input_ids` must be in [0, {self.config.vocab_size}), got {int(input_ids.min())} "
-                f"to {int(input_ids.max())}."
-            )
-        if attention_mask is None:
-            is_token = input_ids != config.pad_token_id
-            infers_padding = config.pad_token_id not in config.eos_token_ids
-            attention_mask = is_token.cumsum(-1) > 0 if infers_padding else torch.ones_like(is_token)
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, "
-                f"got {tuple(attention_mask.shape)}."
-            )
-        attention_mask = attention_mask.bool()
-        if not attention_mask.any(-1).all():
-            raise ValueError("`input_ids` must hold at least one token in each row, got a row of padding.")
-        if (attention_mask[:, :-1] & ~attention_mask[:, 1:]).any():
-            raise ValueError(
-                "`attention_mask` must have its zeros on the left, got padding after a token: "
-                "set `tokenizer.padding_side = 'left'`."
-            )
-        repeats = config.num_return_sequences or 1
-        return tuple(
-            tensor.to(self.device).repeat_interleave(repeats, 0) for tensor in (input_ids.long(), attention_mask)
-        )
-
-    def _prepare_max_new_tokens(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.BoolTensor,
-        config: MaskedDiffusionGenerationConfig,
-    ) -> int:
-        """The response's budget in tokens, from `max_new_tokens`, else from `max_length`, else the default."""
-        prompt_length = int(attention_mask.sum(-1).max())
-        room = self.config.max_position_embeddings - prompt_length
-        if config.max_new_tokens is not None:
-            max_new_tokens, source = config.max_new_tokens, f"`max_new_tokens`={config.max_new_tokens}"
-        elif config.max_length is not None:
-            max_new_tokens = config.max_length - input_ids.shape[1]
-            source = f"`max_length`={config.max_length}"
-            if max_new_tokens < 0:
-                raise ValueError(f"{source} must be at least the length of the prompt, {input_ids.shape[1]} tokens.")
-        else:
-            max_new_tokens, source = min(DEFAULT_MAX_NEW_TOKENS, max(room, 1)), "one more token"
-        if max_new_tokens > room:
-            raise ValueError(
-                f"The prompt of {prompt_length} tokens and {source} do not fit into the model's "
-                f"{self.config.max_position_embeddings} positions (`max_position_embeddings`)."
-            )
-        if max_new_tokens == 0 and not (input_ids == config.mask_token_id).any():
-            raise ValueError(f"{source} must be positive: the prompt has no [MASK] to fill, and nothing is appended.")
-        return max_new_tokens
 
     def _prepare_stopping_criteria(
         self,
@@ -273,8 +293,10 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
         if config.max_time is not None:
             criteria.append(MaxTimeCriteria(config.max_time))
         if config.stop_strings is not None:
-            if tokenizer is None:
-                raise ValueError(f"`tokenizer` must be passed with `stop_strings`={config.stop_strings!r}, got None.")
+            if not isinstance(tokenizer, PreTrainedTokenizerBase):
+                raise ValueError(
+                    f"`tokenizer` must be passed with `stop_strings`={config.stop_strings!r}, got {tokenizer!r}."
+                )
             criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
         return criteria
 
@@ -304,7 +326,7 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
         if first_eos > prompt_length and config.eos_token_ids:
 
             def suppress_early_eos(tokens, rows, columns, logits):
-                is_early = (columns < first_eos).unsqueeze(-1)
+                is_early = ((columns >= prompt_length) & (columns < first_eos)).unsqueeze(-1)
                 is_eos = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
                 is_eos[config.eos_token_ids] = True
                 return logits.masked_fill(is_early & is_eos, -torch.inf)
@@ -338,10 +360,10 @@ def _schedule(canvas: Canvas, config: MaskedDiffusionGenerationConfig, max_new_t
 
 def _finish_at_stop(canvas: Canvas, block: Block, stopping_criteria: StoppingCriteriaList):
     """Finishes the rows that a criterion stops; a stop string ends a row right where it is complete."""
+    if block.start < canvas.prompt_length:
+        return  # blanks of the prompt: there is no response yet that could be stopped
     for criterion in stopping_criteria:
-        first = (
-            max(block.start + 1, canvas.prompt_length + 1) if isinstance(criterion, StopStringCriteria) else block.end
-        )
+        first = block.start + 1 if isinstance(criterion, StopStringCriteria) else block.end
         for end in range(first, block.end + 1):
             stopped = criterion(canvas.tokens[:, :end], None)
             canvas.finish(stopped, torch.full_like(canvas.ends, end))
@@ -356,7 +378,7 @@ def _output(canvas: Canvas, config: MaskedDiffusionGenerationConfig) -> MaskedDi
     output = MaskedDiffusionGenerationOutput(
         sequences=torch.where(is_kept, canvas.tokens, config.pad_token_id)[:, :width],
         num_forward_passes=canvas.num_forward_passes,
-        tokens_per_forward=(is_written & ~canvas.given).sum(-1) / canvas.num_forward_passes,
+        tokens_per_forward=(is_written & ~canvas.given).sum(-1) / canvas.num_forward_passes.clamp(min=1),
     )
     if config.output_trace:
         output.commit_steps = canvas.commit_steps.masked_fill(~is_written, 0)[:, :width]

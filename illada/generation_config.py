@@ -8,11 +8,22 @@ from transformers.generation import GenerationConfig
 from .remasking import RANKINGS
 
 CANVASES = ("growing", "fixed")
+PARALLEL_RULES = ("confidence_threshold", "confidence_factor", "entropy_bound")
+
+PRESETS: dict[str, dict] = {
+    "exact": {"confidence_threshold": None, "confidence_factor": None, "entropy_bound": None},
+    "fast": {"confidence_threshold": 0.9},
+}
+"""Settings by name. `exact` is the published quality, one token per forward pass; `docs/generation.md` has the
+measured accuracy and speed of each."""
 
 # Standard fields that presuppose writing from left to right, with the values that leave them unused.
 _LEFT_TO_RIGHT_FIELDS: dict[str, tuple] = {
     "num_beams": (None, 1),
     "num_beam_groups": (None, 1),
+    "diversity_penalty": (None, 0.0),
+    "length_penalty": (None, 1.0),
+    "early_stopping": (None, False),
     "constraints": (None,),
     "force_words_ids": (None,),
     "penalty_alpha": (None,),
@@ -37,6 +48,26 @@ _LEFT_TO_RIGHT_FIELDS: dict[str, tuple] = {
     "output_scores": (None, False),
     "output_logits": (None, False),
 }
+
+
+# Arguments of Transformers' `generate` that callers pass unset.
+_UNUSED_ARGUMENTS = (
+    "assistant_model",
+    "custom_generate",
+    "inputs_embeds",
+    "negative_prompt_attention_mask",
+    "negative_prompt_ids",
+    "past_key_values",
+    "position_ids",
+    "prefix_allowed_tokens_fn",
+    "synced_gpus",
+    "trust_remote_code",
+    "use_model_defaults",
+)
+
+
+def _is_unset(name: str, value: Any) -> bool:
+    return name in _UNUSED_ARGUMENTS and (value is None or value is False)
 
 
 def _is_integer(value: Any) -> bool:
@@ -109,6 +140,51 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
         return cls(**{name: getattr(model_config, name, None) for name in names})
 
+    @classmethod
+    def from_standard(cls, config: GenerationConfig | None) -> "MaskedDiffusionGenerationConfig":
+        """The same settings as an object of this class; itself, if it is one already."""
+        if isinstance(config, cls):
+            return config
+        fields = {} if config is None else config.to_dict()
+        fields.pop("_from_model_config", None)  # such a config would lose fields when it is saved and loaded
+        return cls.from_dict(fields)
+
+    @classmethod
+    def merged(
+        cls, own: GenerationConfig | None, given: GenerationConfig | None, preset: str | None = None, **fields
+    ) -> "MaskedDiffusionGenerationConfig":
+        """The settings of one call: `fields`, then `preset`, then `given`, then the model's `own`, then defaults.
+
+        Fields that exclude each other (two lengths, two parallel rules) are taken together: if the caller sets one of
+        them, those of the model are left out.
+
+        Raises:
+            ValueError: if a field is unknown or has a bad value.
+        """
+        if preset is not None and preset not in tuple(PRESETS):
+            raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}, got {preset!r}.")
+        config = cls()
+        fields = {name: value for name, value in fields.items() if not _is_unset(name, value)}
+        if unknown := {name for name in fields if not hasattr(config, name)}:
+            raise ValueError(
+                f"`generate` got unknown arguments {sorted(unknown)}: it takes the fields of `{cls.__name__}` and the "
+                "arguments of its docstring."
+            )
+
+        def set_fields(source: GenerationConfig | None) -> dict:
+            values = cls.from_standard(source).to_dict()
+            return {name: value for name, value in values.items() if value is not None and name in vars(config)}
+
+        caller = {**set_fields(given), **PRESETS.get(preset, {}), **fields}
+        inherited = set_fields(own)
+        for alternatives in (("max_new_tokens", "max_length"), PARALLEL_RULES):
+            if any(caller.get(name) is not None for name in alternatives):
+                inherited = {name: value for name, value in inherited.items() if name not in alternatives}
+        for name, value in {**cls._get_default_generation_params(), **inherited, **caller}.items():
+            setattr(config, name, value)
+        config.validate(user_set_attributes=set(caller))
+        return config
+
     @staticmethod
     def _get_default_generation_params() -> dict[str, Any]:
         """Values of fields that neither the caller nor the checkpoint has set."""
@@ -137,36 +213,50 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None):
         """Checks every field; called on construction, on update and on saving."""
+        self._check_fields()
         # The inherited check does not know the use of 0: blanks are filled, and nothing is appended.
         max_new_tokens, self.max_new_tokens = self.max_new_tokens, self.max_new_tokens or None
         try:
             super().validate(strict=strict, user_set_attributes=user_set_attributes)
         finally:
             self.max_new_tokens = max_new_tokens
+        self._check_parallel_rules()
+        self._check_mask_id()
+        if self.end_think_boost and not self.end_think_token_ids:
+            raise ValueError(
+                f"`end_think_boost`={self.end_think_boost} must come with `end_think_token_ids`, got none."
+            )
 
+    def _check_fields(self):
+        """Checks each field alone; before the inherited check, which compares without looking at types."""
         for name, unused in _LEFT_TO_RIGHT_FIELDS.items():
             if getattr(self, name, None) not in unused:
                 raise ValueError(
                     f"`{name}` must be unset, got {getattr(self, name)!r}: it presupposes writing from left to right, "
                     "and masked diffusion does not."
                 )
-        self._check_integer("max_new_tokens", minimum=0)
-        for name in ("max_length", "block_length", "max_denoising_steps"):
+        for name in ("max_length", "block_length", "max_denoising_steps", "num_return_sequences"):
             self._check_integer(name, minimum=1)
-        for name in ("min_length", "min_new_tokens", "mask_token_id"):
+        for name in ("max_new_tokens", "min_length", "min_new_tokens", "top_k", "mask_token_id", "pad_token_id"):
             self._check_integer(name, minimum=0)
+        for name in ("do_sample", "output_trace", "return_dict_in_generate"):
+            if not isinstance(getattr(self, name), (bool, type(None))):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         self._check_choice("canvas", CANVASES)
         self._check_choice("remasking", tuple(RANKINGS))
-        self._check_number("confidence_threshold", "in (0, 1]", lambda value: 0 < value <= 1)
-        self._check_number("confidence_factor", "positive", lambda value: value > 0)
-        self._check_number("entropy_bound", "at least 0", lambda value: value >= 0)
-        self._check_number("end_think_boost", "at least 0", lambda value: value >= 0)
-        self._check_number("end_think_power", "at least 0", lambda value: value >= 0)
-        self._check_number("guidance_scale", "at least 0", lambda value: value >= 0)
-        self._check_number("temperature", "at least 0", lambda value: value >= 0)
-        self._check_number("max_time", "positive", lambda value: value > 0)
-        self._check_parallel_rules()
-        self._check_special_ids()
+        for name in ("confidence_threshold", "typical_p"):
+            self._check_number(name, "in (0, 1]", lambda value: 0 < value <= 1)
+        for name in ("top_p", "min_p"):
+            self._check_number(name, "in [0, 1]", lambda value: 0 <= value <= 1)
+        for name in ("epsilon_cutoff", "eta_cutoff"):
+            self._check_number(name, "in [0, 1)", lambda value: 0 <= value < 1)
+        for name in ("confidence_factor", "repetition_penalty", "max_time"):
+            self._check_number(name, "above 0", lambda value: value > 0)
+        for name in ("entropy_bound", "end_think_boost", "end_think_power", "guidance_scale", "temperature"):
+            self._check_number(name, "of at least 0", lambda value: value >= 0)
+        for name in ("eos_token_id", "suppress_tokens", "end_think_token_ids"):
+            self._check_token_ids(name)
+        self._check_stop_strings()
 
     def _check_integer(self, name: str, minimum: int):
         value = getattr(self, name)
@@ -184,21 +274,34 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             raise ValueError(f"`{name}` must be a number {allowed}, got {value!r}.")
 
     def _check_parallel_rules(self):
-        rules = ("confidence_threshold", "confidence_factor", "entropy_bound")
-        values = {name: getattr(self, name) for name in rules if getattr(self, name) is not None}
+        values = {name: getattr(self, name) for name in PARALLEL_RULES if getattr(self, name) is not None}
         if len(values) > 1:
-            raise ValueError(f"At most one of {', '.join(f'`{name}`' for name in rules)} may be set, got {values}.")
+            names = ", ".join(f"`{name}`" for name in PARALLEL_RULES)
+            raise ValueError(f"At most one of {names} may be set, got {values}.")
 
-    def _check_special_ids(self):
-        ids = self.end_think_token_ids
-        if ids is not None and not (isinstance(ids, (list, tuple)) and ids and all(map(_is_integer, ids))):
-            raise ValueError(f"`end_think_token_ids` must be a non-empty list of token ids, got {ids!r}.")
+    def _check_token_ids(self, name: str):
+        value = getattr(self, name)
+        if value is None or (name == "eos_token_id" and _is_integer(value) and value >= 0):
+            return
+        is_list = isinstance(value, (list, tuple)) and (value or name != "end_think_token_ids")
+        if not (is_list and all(_is_integer(token_id) and token_id >= 0 for token_id in value)):
+            raise ValueError(f"`{name}` must be a list of token ids, got {value!r}.")
+
+    def _check_stop_strings(self):
+        value = self.stop_strings
+        strings = [value] if isinstance(value, str) else value
+        if value is not None and not (
+            isinstance(strings, (list, tuple)) and strings and all(isinstance(x, str) and x for x in strings)
+        ):
+            raise ValueError(f"`stop_strings` must be a string or a list of strings, none empty, got {value!r}.")
+
+    def _check_mask_id(self):
         if self.mask_token_id is None:
             return
         for name, values in (
             ("eos_token_id", self.eos_token_ids),
             ("pad_token_id", [self.pad_token_id]),
-            ("end_think_token_ids", ids or []),
+            ("end_think_token_ids", self.end_think_token_ids or []),
         ):
             if self.mask_token_id in values:
-                raise ValueError(f"`{name}` must not hold the id of [MASK], got {self.mask_token_id}.")
+                raise ValueError(f"`{name}` must not hold `mask_token_id`, [MASK], got {self.mask_token_id}.")

@@ -14,9 +14,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, MaskedLMOutput
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
     LlamaDecoderLayer,
     LlamaMLP,
     LlamaModel,
@@ -24,6 +22,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.models.olmo.modeling_olmo import OlmoAttention, OlmoRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -32,8 +31,12 @@ from .generation import MaskedDiffusionGenerationMixin
 from .generation_config import MaskedDiffusionGenerationConfig
 
 
-class ILLaDAAttention(LlamaAttention):
-    """Llama's grouped-query attention in both directions, with residual dropout on its output."""
+class ILLaDAAttention(OlmoAttention):
+    """Llama's grouped-query attention in both directions, with residual dropout on its output.
+
+    OLMo's is Llama's to the last bit, and rotates queries and keys in the precision of the position embeddings, which
+    may be higher than their own.
+    """
 
     def __init__(self, config: ILLaDAConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -91,7 +94,9 @@ class ILLaDAModel(ILLaDAPreTrainedModel, LlamaModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(ILLaDADecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        # The two differ in the precision of what they return: OLMo's keeps fp32.
+        rotary_embedding_class = OlmoRotaryEmbedding if config.rope_full_precision else LlamaRotaryEmbedding
+        self.rotary_emb = rotary_embedding_class(config=config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -161,6 +166,15 @@ def masked_diffusion_loss(
     if weights is not None:
         losses = losses * weights
     return losses.sum() / num_items
+
+
+def _states_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The hidden states whose logits are made; `transformers` has this as a function only in later versions."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]  # -0 is all of them
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return hidden_states[:, logits_to_keep]
 
 
 class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
@@ -235,7 +249,7 @@ class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
             logits_to_keep = labels != -100
             if loss_weights is not None:
                 logits_to_keep = logits_to_keep & (loss_weights != 0)
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(_states_to_keep(outputs.last_hidden_state, logits_to_keep))
 
         loss = None
         if labels is not None:

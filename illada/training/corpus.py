@@ -68,14 +68,15 @@ class Example:
         if self.family == "word_problem":
             return _final_answer(text) == _final_answer(self.text)
         if self.family == "grid":
-            return _is_solved_grid(text) and all(a == b for a, b in zip(text, self._without_blanks()) if b != "_")
+            return _is_solved_grid(text) and all(a == b for a, b in zip(text, self.with_blanks("_")) if b != "_")
         return text == self.text
 
-    def _without_blanks(self) -> str:
-        kept = self.text
+    def with_blanks(self, sign: str) -> str:
+        """The text with `sign` in place of each character that a test removes."""
+        text = self.text
         for start, end in self.blanks:
-            kept = kept[:start] + "_" * (end - start) + kept[end:]
-        return kept
+            text = text[:start] + sign * (end - start) + text[end:]
+        return text
 
 
 def _final_answer(text: str) -> str | None:

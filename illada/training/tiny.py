@@ -1,7 +1,9 @@
 """Trains the embedded model from scratch: `python -m illada.training.tiny OUTPUT`.
 
 About two hours on two CPU cores, minutes on a GPU. The loop is the standard `transformers.Trainer`; the model, its
-tokenizer and its generation config are saved to OUTPUT, the checkpoints on the way to OUTPUT/checkpoints.
+tokenizer and its generation config are saved to OUTPUT, the checkpoints on the way to OUTPUT/checkpoints. The learning
+rate is constant up to the last 4,000 steps, so that a run that was stopped before them can go on (`--resume`) to
+another `--max-steps`, with the result of an uninterrupted one.
 """
 
 import json
@@ -19,11 +21,12 @@ from .tokenizer import train_tokenizer
 
 def main(
     output: Annotated[Path, typer.Argument(help="Folder for the model, made if absent.")],
-    max_steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 24_000,
+    max_steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 18_000,
     batch_size: Annotated[int, typer.Option(help="Windows in a step.")] = 16,
     window_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
     seed: Annotated[int, typer.Option(help="Seed of weights, text and noise.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT.")] = False,
 ):
     """Train illada-tiny from scratch and save it to OUTPUT."""
     set_seed(seed)
@@ -63,7 +66,8 @@ def main(
         train_dataset=CorpusWindows(tokenizer, window_length, seed),
         data_collator=MaskedDiffusionCollator(config.mask_token_id, keep_prompt_probability=0.75, seed=seed),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
+    model.generation_config.update(max_new_tokens=128, do_sample=False)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     (output / "training_log.json").write_text(json.dumps(trainer.state.log_history))

@@ -1,0 +1,7 @@
+"""Release formats in and out, and checkpoints that are complete Hub repositories."""
+
+from .converting import Conversion, convert
+from .exporting import export_to_hub_folder, push_to_hub
+from .reading import CheckpointError
+
+__all__ = ["CheckpointError", "Conversion", "convert", "export_to_hub_folder", "push_to_hub"]

@@ -1,0 +1,92 @@
+"""Revision: a finished text is read again, its least likely tokens are masked and written anew."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+from .remasking import token_probability
+
+
+@dataclass
+class RevisionOutput(ModelOutput):
+    """What `revise` returns. B counts texts, S their tokens.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(B, S)`): the revised texts.
+        changed (`torch.BoolTensor` of shape `(B, S)`): where they differ from the texts that were given.
+        confidences (`torch.FloatTensor` of shape `(B, S)`):
+            Probability of each given token in the context of all others, before the first round; NaN where it was not
+            asked (padding, special and protected tokens).
+        num_rounds (`int`): rounds that were run.
+    """
+
+    sequences: torch.LongTensor | None = None
+    changed: torch.BoolTensor | None = None
+    confidences: torch.FloatTensor | None = None
+    num_rounds: int | None = None
+
+
+def leave_one_out_confidences(
+    model,
+    tokens: torch.LongTensor,
+    attention_mask: torch.BoolTensor,
+    asked: torch.BoolTensor,
+    mask_token_id: int,
+    num_passes: int | None = None,
+) -> torch.Tensor:
+    """Probability of each token given the others, `p(x_i | x without i)`: the terms of the pseudo-likelihood.
+
+    A masked model says nothing about a token that it sees, so each asked token is masked in one of `num_passes`
+    forward passes. With a pass per token (the default) the figure is exact; with fewer, tokens that are `num_passes`
+    apart are masked together.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(B, S)`), attention_mask (`torch.BoolTensor` of shape `(B, S)`).
+        asked (`torch.BoolTensor` of shape `(B, S)`): the tokens whose probability is wanted.
+        mask_token_id (`int`): id of [MASK].
+        num_passes (`int`, *optional*): forward passes of the whole batch.
+
+    Returns:
+        `torch.FloatTensor` of shape `(B, S)`, NaN where not asked.
+    """
+    confidences = torch.full(tokens.shape, torch.nan, device=tokens.device)
+    rank = asked.cumsum(-1) - 1
+    num_passes = num_passes or int(asked.sum(-1).max())
+    for index in range(num_passes):
+        masked = asked & (rank % num_passes == index)
+        logits = model(
+            input_ids=tokens.masked_fill(masked, mask_token_id),
+            attention_mask=attention_mask.long(),
+            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
+            logits_to_keep=masked,
+        ).logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits[:, mask_token_id] = -torch.inf
+        confidences[masked] = token_probability(logits, tokens[masked]).to(confidences.dtype)
+    return confidences
+
+
+def least_likely(
+    confidences: torch.Tensor, fraction: float | None = None, threshold: float | None = None
+) -> torch.BoolTensor:
+    """The positions (B, S) to write anew: the lowest `fraction` of each row, rounded up, or all below `threshold`."""
+    asked = ~confidences.isnan()
+    if threshold is not None:
+        return asked & (confidences < threshold)
+    counts = (fraction * asked.sum(-1, keepdim=True)).ceil()
+    order = confidences.masked_fill(~asked, torch.inf).argsort(dim=-1, stable=True)
+    ranks = order.argsort(dim=-1)
+    return asked & (ranks < counts)
+
+
+def check_revision(fraction: float | None, threshold: float | None, num_rounds: int, num_passes: int | None):
+    """Raises a `ValueError` that names the argument, its value and what is allowed."""
+    if (fraction is None) == (threshold is None):
+        raise ValueError(f"Exactly one of `fraction` and `threshold` must be given, got {fraction} and {threshold}.")
+    for name, value in (("fraction", fraction), ("threshold", threshold)):
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value <= 1):
+            raise ValueError(f"`{name}` must be a number in (0, 1], got {value!r}.")
+    for name, value in (("num_rounds", num_rounds), ("num_scoring_passes", 1 if num_passes is None else num_passes)):
+        if not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")

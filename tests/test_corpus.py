@@ -1,0 +1,121 @@
+"""The corpus: answers that are right, held-out examples that are never trained on, and windows that hide lengths."""
+
+import itertools
+import random
+from collections import Counter
+
+import pytest
+
+from illada.training.corpus import FAMILIES, LARGEST_NUMBER, held_out_examples, training_examples
+from illada.training.data import CorpusWindows, encode, windows
+from illada.training.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(num_examples=3000)
+
+
+def solve_word_problem(prompt: str) -> int:
+    """Reads the story again, word by word."""
+    first, *changes, _ = prompt.split(". ")
+    amount = int(first.split()[2])
+    for change in changes:
+        number = int(next(word.strip(".") for word in change.split() if word.strip(".").isdigit()))
+        amount += number if "more" in change else -number
+        assert 0 <= amount <= LARGEST_NUMBER
+    return amount
+
+
+def test_answers_are_right():
+    for example in held_out_examples("word_problem", 300):
+        assert example.text.endswith(f"The answer is {solve_word_problem(example.prompt)}.")
+    for example in held_out_examples("reverse", 100):
+        assert example.text.split()[1:] == example.prompt.split()[:2:-1]
+    for example in held_out_examples("sort", 100):
+        assert example.text.split()[1:] == sorted(example.prompt.split()[3:], key=int)
+
+
+def test_reasoning_steps_are_right():
+    for example in held_out_examples("word_problem", 100):
+        for step in example.text.split(". ")[:-1]:
+            equation = step.split(": ")[1].rstrip(".")
+            left, right = equation.split(" = ")
+            assert eval(left) == int(right)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_wrong_answer_is_not_accepted(family):
+    rng = random.Random(0)
+    for example in held_out_examples(family, 50):
+        assert example.is_correct(example.text)
+        assert not example.is_correct("")
+        start, end = rng.choice(example.blanks)
+        hidden = example.text[start:end]
+        wrong = hidden[:-2] + ("9." if hidden[-2:] != "9." else "8.") if family == "word_problem" else hidden + "7"
+        assert not example.is_correct(example.text[:start] + wrong + example.text[end:])
+
+
+def test_a_grid_is_accepted_only_with_the_given_cells():
+    solved = {example.text for example in held_out_examples("grid", 200)}
+    example = held_out_examples("grid", 1)[0]
+    assert len(solved) > 5
+    assert all(not example.is_correct(other) for other in solved - {example.text})
+
+
+def test_training_never_holds_a_held_out_example():
+    held_out = {(e.prompt, e.text) for family in FAMILIES for e in held_out_examples(family, 200)}
+    assert len(held_out) > 600
+    trained = {(e.prompt, e.text) for e in itertools.islice(training_examples(seed=0), 30_000)}
+    assert not held_out & trained
+    held_out_grids = {text for _, text in held_out if text.startswith("Grid")}
+    assert not held_out_grids & {text for _, text in trained}
+
+
+def test_shares_and_seeds():
+    examples = list(itertools.islice(training_examples(seed=3), 4000))
+    assert examples[:50] == list(itertools.islice(training_examples(seed=3), 50))
+    assert examples[:50] != list(itertools.islice(training_examples(seed=4), 50))
+    counts = Counter(example.family for example in examples)
+    for family, (_, share) in FAMILIES.items():
+        assert counts[family] / 4000 == pytest.approx(share, abs=0.04)
+
+
+def test_special_ids_are_those_of_illada(tokenizer):
+    ids = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id)
+    assert ids == (0, 1, 2, 5)
+
+
+def test_tokenizer_encodes_any_text_and_every_corpus_word_in_one_token(tokenizer):
+    text = "Ünïcode, 漢字 and \t12345!"
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    for example in itertools.islice(training_examples(seed=9), 200):
+        for word in example.text.split()[1:]:
+            assert len(tokenizer.tokenize(" " + word.strip(".:,"))) == 1, word
+
+
+def test_encoding_ends_with_one_eos_behind_the_answer(tokenizer):
+    example = held_out_examples("reverse", 1)[0]
+    [(ids, prompt_length)] = encode(tokenizer, [example])
+    assert tokenizer.decode(ids[prompt_length:-1]) == example.text
+    assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[prompt_length:-1]
+    assert tokenizer.decode(ids[:prompt_length]) == f"<s>user\n{example.prompt}</s><s>assistant\n"
+
+
+def test_windows_are_slices_of_the_concatenation():
+    encoded = [([i] * 5, 2) for i in range(6)]
+    assert [window["input_ids"] for window in windows(encoded, 8)] == [
+        [0, 0, 0, 0, 0, 1, 1, 1],
+        [2, 2, 2, 2, 2, 3, 3, 3],
+        [4, 4, 4, 4, 4, 5, 5, 5],
+    ]
+    assert next(windows(encoded, 8))["is_prompt"] == [True, True, False, False, False, True, True, False]
+
+
+def test_the_end_of_a_window_does_not_tell_the_length_of_an_answer(tokenizer):
+    """Windows end anywhere: with EOS no more often than a token in the middle is one."""
+    texts = [window["input_ids"] for window in itertools.islice(CorpusWindows(tokenizer, 64, seed=0), 1500)]
+    eos = tokenizer.eos_token_id
+    at_end = sum(ids[-1] == eos for ids in texts) / len(texts)
+    anywhere = sum(ids[position] == eos for ids in texts for position in range(32, 63)) / (31 * len(texts))
+    assert 0.5 < at_end / anywhere < 1.5

@@ -1,0 +1,280 @@
+"""Which positions a step commits: each ranking and each rule, against positions worked out by hand."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from tiny_models import TableModel, prompt_of, table_of
+
+from illada.remasking import (
+    RANKINGS,
+    commit_by_entropy_bound,
+    commit_by_factor,
+    commit_by_quota,
+    commit_by_threshold,
+    commit_quotas,
+    entropy,
+    token_probability,
+)
+
+A, B, C, D = 6, 7, 8, 9
+
+
+def commits_of(table: torch.Tensor, prompt_length: int = 1, **arguments) -> list[list[int]]:
+    """The columns that each step of `generate` commits on a model with this table of logits."""
+    steps = []
+    TableModel(table).generate(
+        prompt_of(prompt_length),
+        max_new_tokens=len(table) - prompt_length,
+        block_length=len(table) - prompt_length,
+        on_step=steps.append,
+        **arguments,
+    )
+    return [(step.start + step.committed[0].nonzero().squeeze(-1)).tolist() for step in steps]
+
+
+# Positions 1 to 6, whose likeliest tokens have the probabilities
+#   position    1     2     3     4     5     6
+#   best       0.50  0.90  0.70  0.90  0.60  0.80
+#   second     0.50  0.10  0.10  0.05  0.40  0.19
+# The rest of each row is spread so that no third token is above the second.
+TABLE = table_of(
+    {
+        1: {A: 0.50, B: 0.50},
+        2: {A: 0.90, B: 0.10},
+        3: {A: 0.70, B: 0.10, C: 0.10, D: 0.10},
+        4: {A: 0.90, B: 0.05, C: 0.05},
+        5: {A: 0.60, B: 0.40},
+        6: {A: 0.80, B: 0.19, C: 0.01},
+    },
+    positions=7,
+)
+
+
+@pytest.mark.parametrize(
+    ("ranking", "order"),
+    [
+        # Confidence 0.9 at 2 and 4 (the lower first), then 0.8 at 6, 0.7 at 3, 0.6 at 5, 0.5 at 1.
+        ("low_confidence", [2, 4, 6, 3, 5, 1]),
+        # Best minus second: 0.85 at 4, 0.80 at 2, 0.61 at 6, 0.60 at 3, 0.20 at 5, 0 at 1.
+        ("margin", [4, 2, 6, 3, 5, 1]),
+        # Entropy in nats: position 2: -.9 ln .9 - .1 ln .1 = .0948 + .2303 = .3251
+        #                  position 4: .0948 + 2 * .1498 = .3944
+        #                  position 6: .1785 + .3155 + .0461 = .5401
+        #                  position 5: .3065 + .3665 = .6730
+        #                  position 1: ln 2 = .6931
+        #                  position 3: .2497 + 3 * .2303 = .9405
+        ("entropy", [2, 4, 6, 5, 1, 3]),
+    ],
+)
+def test_a_ranking_orders_positions(ranking, order):
+    assert commits_of(TABLE, remasking=ranking) == [[column] for column in order]
+
+
+@pytest.mark.parametrize(
+    ("steps", "commits"),
+    [
+        # 6 masks: 6 // 4 = 1 a step, and one more in each of the first 6 mod 4 = 2 steps.
+        (4, [[2, 4], [3, 6], [5], [1]]),
+        (3, [[2, 4], [3, 6], [1, 5]]),
+        (2, [[2, 4, 6], [1, 3, 5]]),
+        (1, [[1, 2, 3, 4, 5, 6]]),
+        # More steps than masks: one each, and no pass without a mask.
+        (9, [[2], [4], [6], [3], [5], [1]]),
+    ],
+)
+def test_the_quota_spreads_the_masks_over_the_steps(steps, commits):
+    assert commits_of(TABLE, max_denoising_steps=steps) == commits
+
+
+@pytest.mark.parametrize(
+    ("threshold", "commits"),
+    [
+        # The quota is one a step. Logits do not change, so a step that adds by threshold adds all there are.
+        (0.95, [[2], [4], [6], [3], [5], [1]]),
+        (0.90, [[2, 4], [6], [3], [5], [1]]),  # at the threshold counts
+        (0.65, [[2, 3, 4, 6], [5], [1]]),
+        (0.50, [[1, 2, 3, 4, 5, 6]]),
+    ],
+)
+def test_the_threshold_adds_every_sure_position(threshold, commits):
+    # Rounding may put 0.9 on either side of 0.9: a hair below keeps the meaning.
+    assert commits_of(TABLE, confidence_threshold=threshold - 1e-9) == commits
+
+
+@pytest.mark.parametrize(
+    ("factor", "commits"),
+    [
+        # Doubts 1 - c_(n), n = 1..6: .1 .1 .2 .3 .4 .5; times n + 1: .2 .3 .8 1.5 2.4 3.5
+        (0.1, [[2], [4], [6], [3], [5], [1]]),  # none below .1: the quota alone, and later (n = 1): .2 .4 .6 .8 1.0
+        (0.25, [[2], [4], [6], [3], [5], [1]]),  # n = 1; then 4: .2 < .25; then 6: 2 * .2 = .4, the quota alone
+        (0.5, [[2, 4], [6], [3], [5], [1]]),  # n = 2; then 6: .4 < .5, with 3: 3 * .3 = .9
+        (1.0, [[2, 4, 6], [3], [5], [1]]),  # n = 3; then 3: .6 < 1, with 5: 3 * .4 = 1.2
+        (2.0, [[2, 3, 4, 6], [1, 5]]),  # n = 4; then 5 and 1: 3 * .5 = 1.5 < 2
+        (3.6, [[1, 2, 3, 4, 5, 6]]),  # n = 6
+    ],
+)
+def test_the_factor_takes_the_largest_safe_number(factor, commits):
+    assert commits_of(TABLE, confidence_factor=factor) == commits
+
+
+@pytest.mark.parametrize(
+    ("bound", "commits"),
+    [
+        # Ascending entropies: 2: .3251, 4: .3944, 6: .5401, 5: .6730, 1: .6931, 3: .9405;
+        # the sums before each: 0, .3251, .7195, 1.2596, 1.9326, 2.6257. The quota goes by confidence: 2 4 6 3 5 1.
+        (0.0, [[2], [4], [6], [3, 5], [1]]),  # the first alone; in step 4 the quota adds 3, the rule 5
+        (0.33, [[2, 4], [6], [3, 5], [1]]),
+        (0.73, [[2, 4, 6], [1, 3, 5]]),  # in step 2: 5, 1 (.6730 before), and the quota's 3
+        (1.3, [[2, 4, 5, 6], [1, 3]]),  # in step 2: 1 and 3 (.6931 before)
+        (2.7, [[1, 2, 3, 4, 5, 6]]),
+    ],
+)
+def test_the_entropy_bound_takes_positions_while_their_sum_is_small(bound, commits):
+    assert commits_of(TABLE, entropy_bound=bound) == commits
+
+
+def test_rules_work_with_every_ranking():
+    # Quota by margin: 4 first. Threshold .65 adds 2, 3, 4, 6.
+    assert commits_of(TABLE, remasking="margin", confidence_threshold=0.85) == [[2, 4], [6], [3], [5], [1]]
+    # Quota by entropy after that: 5 (.6730), then 1.
+    assert commits_of(TABLE, remasking="entropy", confidence_threshold=0.65) == [[2, 3, 4, 6], [5], [1]]
+    # Entropy: 2 4 6 5 1 3. The factor of 1.0 takes c = .9 .9 .8 first, then doubts .3 (position 3) and n = 1.
+    assert commits_of(TABLE, remasking="entropy", confidence_factor=1.0) == [[2, 4, 6], [3, 5], [1]]
+
+
+@pytest.mark.parametrize("ranking", ["low_confidence", "margin", "entropy"])
+def test_of_equal_scores_the_lower_position_goes_first(ranking):
+    # 40 equal positions: an unstable sort of so many would not keep their order.
+    table = table_of({position: {A: 0.6, B: 0.4} for position in range(41)}, positions=41)
+    assert commits_of(table, remasking=ranking) == [[column] for column in range(1, 41)]
+    assert commits_of(table, remasking=ranking, max_denoising_steps=4) == [
+        list(range(first, first + 10)) for first in range(1, 41, 10)
+    ]
+
+
+def test_of_equal_logits_the_lower_token_is_predicted():
+    output = TableModel(table_of({1: {A: 0.5, B: 0.5}, 2: {D: 0.4, C: 0.4}}, 3)).generate(
+        prompt_of(1), max_new_tokens=2
+    )
+    assert output.tolist() == [[7, A, C]]
+
+
+def test_mask_is_never_predicted_and_has_no_probability():
+    # [MASK] (5) has 0.8 of the mass; of what is left, 0.15 of 0.2 is A, so that its confidence is 0.75.
+    table = table_of({1: {5: 0.8, A: 0.15, B: 0.05}}, 2)
+    steps = []
+    output = TableModel(table).generate(prompt_of(1), max_new_tokens=1, on_step=steps.append)
+    assert output.tolist() == [[7, A]]
+    assert steps[0].confidence.item() == pytest.approx(0.75)
+
+
+def test_random_ranking_gives_every_position_the_same_chance():
+    counts = dict.fromkeys(range(1, 5), 0)
+    table = TABLE[:5]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        counts[commits_of(table, remasking="random", generator=generator)[0][0]] += 1
+    # 50 expected of each, with a standard deviation of 6.
+    assert all(25 < count < 75 for count in counts.values()), counts
+
+
+def test_random_ranking_of_a_parallel_step_is_a_permutation():
+    commits = commits_of(TABLE, remasking="random", max_denoising_steps=3, generator=torch.Generator().manual_seed(0))
+    assert [len(step) for step in commits] == [2, 2, 2]
+    assert sorted(sum(commits, [])) == [1, 2, 3, 4, 5, 6]
+
+
+# The pure functions
+
+
+def test_quotas():
+    quotas = commit_quotas(torch.tensor([0, 1, 5, 6, 7, 32]), 4)
+    assert quotas.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [2, 1, 1, 1], [2, 2, 1, 1], [2, 2, 2, 1], [8, 8, 8, 8]]
+
+
+def test_commit_by_quota_in_a_batch():
+    scores = torch.tensor([[0.3, 0.9, 0.9, 0.1], [0.5, 0.5, 0.5, 0.5], [0.9, 0.1, 0.2, 0.3]])
+    masked = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 0]]).bool()
+    quota = torch.tensor([1, 2, 5])
+    committed = commit_by_quota(scores, masked, quota)
+    # Row 0: the first of the two 0.9. Row 1: the lower two that are masked. Row 2: never more than there are masks.
+    assert committed.int().tolist() == [[0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0]]
+
+
+def test_commit_by_threshold_in_a_batch():
+    confidence = torch.tensor([[0.5, 0.25, 0.75], [math.nan, 0.5, 0.49]])
+    masked = torch.tensor([[1, 1, 0], [0, 1, 1]]).bool()
+    assert commit_by_threshold(confidence, masked, 0.5).int().tolist() == [[1, 0, 0], [0, 1, 0]]
+
+
+def _random_rows(count: int, width: int):
+    generator = torch.Generator().manual_seed(width)
+    for _ in range(count):
+        # Eighths are exact in binary, and there are few of them: sums are exact and ties are many.
+        values = torch.randint(0, 9, (width,), generator=generator) / 8
+        masked = torch.rand(width, generator=generator) < 0.7
+        yield values.masked_fill(~masked, math.nan), masked
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 9])
+def test_commit_by_factor_against_brute_force_over_n(width):
+    for confidence, masked in _random_rows(60, width):
+        columns = sorted(masked.nonzero().flatten().tolist(), key=lambda i: (-confidence[i].item(), i))
+        for factor in (0.125, 0.5, 0.51, 1.0, 2.0, 5.0):
+            best = 0
+            for n in range(1, len(columns) + 1):
+                if (n + 1) * (1 - confidence[columns[n - 1]].item()) < factor:
+                    best = n
+            committed = commit_by_factor(confidence[None], masked[None], factor)[0]
+            assert sorted(columns[:best]) == committed.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 9])
+def test_commit_by_entropy_bound_against_brute_force_over_n(width):
+    for entropies, masked in _random_rows(60, width):
+        columns = sorted(masked.nonzero().flatten().tolist(), key=lambda i: (entropies[i].item(), i))
+        for bound in (0.0, 0.125, 0.5, 1.0, 3.0):
+            # The largest n whose sum without the largest stays within the bound.
+            best = 0
+            for n in range(1, len(columns) + 1):
+                values = [entropies[i].item() for i in columns[:n]]
+                if sum(values) - max(values) <= bound:
+                    best = n
+            committed = commit_by_entropy_bound(entropies[None], masked[None], bound)[0]
+            assert sorted(columns[:best]) == committed.nonzero().flatten().tolist()
+
+
+def test_the_rows_of_a_batch_are_apart():
+    rows = list(itertools.islice(_random_rows(8, 6), 8))
+    values, masked = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+    for rule, value in ((commit_by_threshold, 0.5), (commit_by_factor, 1.0), (commit_by_entropy_bound, 0.5)):
+        together = rule(values, masked, value)
+        alone = torch.cat([rule(values[i : i + 1], masked[i : i + 1], value) for i in range(8)])
+        assert torch.equal(together, alone)
+
+
+def test_entropy_against_the_sum():
+    logits = torch.randn(20, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
+    logits[3, 4] = logits[5, 0] = -torch.inf  # p log p of p = 0 is 0
+    for row, value in zip(logits.softmax(-1).tolist(), entropy(logits).tolist()):
+        assert value == pytest.approx(-sum(p * math.log(p) for p in row if p > 0))
+    assert entropy(torch.zeros(1, 8)).item() == pytest.approx(math.log(8))
+    assert entropy(torch.tensor([[0.0, -torch.inf, -torch.inf]])).item() == 0
+
+
+def test_token_probability():
+    logits = torch.tensor([[0.0, math.log(3.0)], [1000.0, -1000.0], [1000.0, -1000.0]])
+    probability = token_probability(logits, torch.tensor([1, 0, 1]))
+    assert probability.tolist() == pytest.approx([0.75, 1.0, 0.0])
+
+
+def test_rankings_are_of_the_proposal_or_of_the_distribution():
+    # Probabilities .5 .3 .2, the proposal is the third token, as sampling may give.
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    scores = {name: rank(logits, torch.tensor([2]), None).item() for name, rank in RANKINGS.items()}
+    assert scores["low_confidence"] == pytest.approx(0.2)
+    assert scores["margin"] == pytest.approx(0.5 - 0.3)
+    assert scores["entropy"] == pytest.approx(0.5 * math.log(0.5) + 0.3 * math.log(0.3) + 0.2 * math.log(0.2))
+    assert 0 <= scores["random"] < 1
