@@ -223,6 +223,7 @@ def test_another_seed_gives_another_estimate(reference):
 
 
 def test_two_processes_give_the_results_of_one(reference, tmp_path):
+    """As `accelerate launch` runs them, on the CPU: the second scores a part of every task's documents."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     # Accelerate's launcher starts several processes for GPUs alone; this variable puts them on the CPU.
@@ -391,7 +392,7 @@ def test_published_generation_settings(name, max_gen_toks, block_length, boost):
     preset = PRESETS[name]
     settings = dict(preset.gen_kwargs)
     assert settings.pop("max_gen_toks") == max_gen_toks
-    config = MaskedDiffusionGenerationConfig(**settings)
+    config = MaskedDiffusionGenerationConfig(**settings, end_think_token_ids=[7] if boost else None)
     assert config.canvas == "growing"
     assert config.block_length == config.max_denoising_steps == block_length
     assert (config.end_think_boost, config.end_think_power) == (boost or (None, None))
