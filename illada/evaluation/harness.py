@@ -1,0 +1,252 @@
+"""The lm-eval model `illada`: the harness's own `HFLM`, in which scores and generation are those of masked diffusion.
+
+Tokenisation, chat templates, loading (`dtype`, `peft`, `parallelize` ...), batching, data parallelism and caches are
+inherited. Importing this module registers the model; `illada eval` does that and then runs the harness.
+"""
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from .. import EMBEDDED_MODEL
+from .confidence import confidence_score, is_greedy
+from .likelihood import Sampling, check_sampling, monte_carlo_log_likelihood, rolling_log_likelihood
+from .pairs import check_forward_settings, check_model
+
+logger = logging.getLogger(__name__)
+
+Score = Literal["likelihood", "confidence"]
+END_OF_THINKING = "</think>"
+
+LOADING_ARGUMENTS = frozenset(
+    "attn_implementation cache_dir device_map distributed_config local_files_only quantization_config token "
+    "use_safetensors variant".split()
+)
+"""Arguments of `from_pretrained` that may be given besides those of `HFLM`."""
+
+
+@register_model("illada")
+class MaskedDiffusionLM(HFLM):
+    """lm-eval's adapter to a masked diffusion model.
+
+    Args:
+        pretrained (`str` or `PreTrainedModel`, defaults to the embedded checkpoint): as in `HFLM`.
+        score (`str`, defaults to `"likelihood"`):
+            What `loglikelihood` returns: the Monte-Carlo bound of [`monte_carlo_log_likelihood`], or the score of
+            [`confidence_score`], with `"confidence"`. Both in nats; `loglikelihood_rolling` is always the bound.
+        num_samples (`int`, defaults to 128), sampling (`str`, defaults to `"auto"`): masks drawn per pair, and how.
+            The seed is that of torch, which the harness sets (`--seed`).
+        append_eos (`bool`, defaults to `False`): put one EOS after every candidate.
+        check_greedy (`bool`, defaults to `True`):
+            Compute the harness's `is_greedy`, which costs forwards of its own. Multiple-choice accuracy does not read
+            it. Without, it is always false.
+        guidance_scale (`float`, defaults to 1.0): weight of the conditional logits; 1 is no guidance. Generation takes
+            it from here too.
+        add_bos_token (`bool`, *optional*): as in `HFLM`, and with `True` a context that the tokenizer does not begin
+            with BOS gets one.
+        device (`str`, *optional*): a GPU if there is one and the CPU otherwise.
+        kwargs: arguments of `HFLM`, and of `from_pretrained` those in [`LOADING_ARGUMENTS`].
+
+    Raises:
+        ValueError: for an unknown argument or a value that is not allowed, before anything is loaded.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel = str(EMBEDDED_MODEL),
+        *,
+        score: Score = "likelihood",
+        num_samples: int = 128,
+        sampling: Sampling = "auto",
+        append_eos: bool = False,
+        check_greedy: bool = True,
+        guidance_scale: float = 1.0,
+        device: str | None = None,
+        **kwargs,
+    ):
+        known = {*inspect.signature(HFLM.__init__).parameters, *LOADING_ARGUMENTS}
+        own = [name for name in inspect.signature(type(self).__init__).parameters if name not in ("self", "kwargs")]
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            raise ValueError(
+                f"The lm-eval model `illada` got unknown arguments {unknown}: it takes {', '.join(own)}, the "
+                f"arguments of lm-eval's `hf`, and {', '.join(sorted(LOADING_ARGUMENTS))}."
+            )
+        if score not in get_args(Score):
+            raise ValueError(f"`score` must be one of {', '.join(map(repr, get_args(Score)))}, got {score!r}.")
+        if kwargs.setdefault("backend", "causal") != "causal":
+            raise ValueError(
+                f"`backend` must be 'causal', the harness's name for one sequence, got {kwargs['backend']!r}."
+            )
+        check_forward_settings(1, guidance_scale)
+        check_sampling(num_samples, sampling)
+        self.score = score
+        self.append_eos = append_eos
+        self.check_greedy = check_greedy
+        self.guidance_scale = guidance_scale
+        self.num_samples, self.sampling = num_samples, sampling
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__(pretrained, device=device, **kwargs)
+        if hasattr(self, "accelerator"):
+            # HFLM sets these for GPUs alone.
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        check_model(self.model)
+        if self.add_bos_token and self.tokenizer.bos_token_id is None:
+            raise ValueError("`add_bos_token` is True, but the tokenizer has no BOS.")
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As in `HFLM`: (score in nats, `is_greedy`) per (context, continuation) request."""
+        for request in requests:
+            context, continuation = request.args
+            if continuation == "":
+                raise ValueError(
+                    f"Document {request.doc_id} of task {request.task_name!r} has an empty continuation after a "
+                    f"context of {len(context)} characters: a score needs at least one token."
+                )
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs
+    ) -> list[tuple[float, bool]]:
+        pairs = [self._fit(*request) for request in requests]
+        results: list = [None] * len(pairs)
+        for indices in self._chunks([len(context) + len(candidate) for context, candidate in pairs], disable_tqdm):
+            for index, result in zip(indices, self._score_pairs([pairs[index] for index in indices])):
+                results[index] = result
+                self.cache_hook.add_partial("loglikelihood", requests[index][0], result)
+        return results
+
+    def _fit(self, texts: tuple[str, str], context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """Puts BOS where it is asked for and missing; cuts a context that does not fit on its left, as HFLM does."""
+        if not continuation:
+            raise ValueError(f"The continuation {texts[1]!r} has no tokens besides those of its context.")
+        bos = [self.tokenizer.bos_token_id] if self.add_bos_token else []
+        if context[:1] == bos:
+            bos = []
+        room = self.max_length - len(continuation) - len(bos) - self.append_eos
+        if room < 0:
+            raise ValueError(
+                f"A continuation of {len(continuation)} tokens does not fit into the model's {self.max_length} "
+                "positions (`max_length`): continuations are never truncated."
+            )
+        if len(context) > room:
+            logger.warning("A context of %d tokens is cut on its left to %d.", len(context), room)
+            context = context[len(context) - room :]
+        return bos + context, continuation
+
+    def _score_pairs(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        settings = {"append_eos": self.append_eos, "guidance_scale": self.guidance_scale}
+        batch_size = self._rows_per_forward()
+        with self._autocast():
+            if self.score == "confidence":
+                results = confidence_score(self.model, pairs, batch_size=batch_size, **settings)
+                scores = [result.score for result in results]
+            else:
+                results = monte_carlo_log_likelihood(
+                    self.model, pairs, batch_size=batch_size, **self._sampling_settings(), **settings
+                )
+                scores = [result.log_likelihood for result in results]
+            greedy = [False] * len(pairs)
+            if self.check_greedy:
+                greedy = is_greedy(self.model, pairs, batch_size=batch_size, **settings)
+        return list(zip(scores, greedy))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The bound on the log-likelihood of each text, in nats, by windows of `max_length` tokens.
+
+        See [`rolling_log_likelihood`]; the text stands after the prefix token (BOS), which is not scored.
+        """
+        texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
+        results: list = [None] * len(texts)
+        for indices in self._chunks([len(text) for text in texts], disable_tqdm):
+            with self._autocast():
+                likelihoods = rolling_log_likelihood(
+                    self.model,
+                    [texts[index] for index in indices],
+                    window_length=self.max_length,
+                    prefix_token_id=self.prefix_token_id,
+                    guidance_scale=self.guidance_scale,
+                    batch_size=self._rows_per_forward(),
+                    **self._sampling_settings(),
+                )
+            for index, likelihood in zip(indices, likelihoods):
+                results[index] = likelihood.log_likelihood
+                self.cache_hook.add_partial("loglikelihood_rolling", requests[index].args, results[index])
+        return results
+
+    def _sampling_settings(self) -> dict:
+        """A new generator of the run's seed for every call: a pair's noise then depends on nothing else."""
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        return {"num_samples": self.num_samples, "sampling": self.sampling, "generator": generator}
+
+    def _chunks(self, lengths: list[int], disable_tqdm: bool) -> Iterator[list[int]]:
+        """Indices of requests, longest first, a batch at a time, so that what is scored can be cached on the way."""
+        if self.batch_size == "auto" and lengths:
+            self.batch_sizes = {0: self._detect_batch_size([(None, [], [0] * (max(lengths) + 1))])}
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        with tqdm(total=len(order), desc="Scoring requests", disable=disable_tqdm or self.rank != 0) as progress:
+            for first in range(0, len(order), size := self._rows_per_forward()):
+                yield order[first : first + size]
+                progress.update(len(order[first : first + size]))
+
+    def _rows_per_forward(self) -> int:
+        return self.batch_sizes.get(0, 1) if self.batch_size == "auto" else self.batch_size
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """As in `HFLM`. `gen_kwargs` are fields of [`MaskedDiffusionGenerationConfig`], and:
+
+        - `infill=True`: the result is the whole context with its [MASK] tokens filled, and what was appended to it.
+          With `max_gen_toks=0` nothing is appended.
+        - `end_think_boost` without `end_think_token_ids`: those of "</think>".
+        """
+        for request in requests:
+            max_gen_toks = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+            if max_gen_toks >= self.max_length:
+                raise ValueError(
+                    f"`max_gen_toks` must be below the model's {self.max_length} positions (`max_length`), got "
+                    f"{max_gen_toks} in task {request.task_name!r}."
+                )
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def _model_generate(
+        self,
+        context: torch.LongTensor,
+        max_length: int,
+        stop: list[str],
+        infill: bool = False,
+        **generation_kwargs,
+    ) -> torch.LongTensor:
+        """Returns context and response (B, S); with `infill` the context as given goes before them."""
+        stop_strings = [text for text in stop if text and text != self.tok_decode(self.eot_token_id, False)]
+        if not generation_kwargs.get("do_sample"):
+            generation_kwargs.pop("temperature", None)  # the harness sends 0.0 for greedy decoding
+        if generation_kwargs.get("end_think_boost") and "end_think_token_ids" not in generation_kwargs:
+            generation_kwargs["end_think_token_ids"] = self.tok_encode(END_OF_THINKING, add_special_tokens=False)
+        generation_kwargs.setdefault("guidance_scale", self.guidance_scale)
+        with self._autocast():
+            sequences = self.model.generate(
+                input_ids=context,
+                max_new_tokens=max_length - context.shape[1],
+                stop_strings=stop_strings or None,
+                tokenizer=self.tokenizer,
+                pad_token_id=self.tokenizer.pad_token_id,
+                **generation_kwargs,
+            )
+        return torch.cat([context, sequences], dim=1) if infill else sequences
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(
+            device_type=self.device.type,
+            dtype=self.mixed_precision_dtype,
+            enabled=self.mixed_precision_dtype is not None,
+        )

@@ -1,0 +1,174 @@
+"""(context, candidate) pairs: checked once, sorted by length, padded into batches, and put through the model."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+TokenIds = Sequence[int] | torch.Tensor
+Pair = tuple[TokenIds, TokenIds]
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """One checked pair as the model sees it: `[bos] + context + candidate + [eos]`, all visible.
+
+    Attributes:
+        tokens (`torch.LongTensor` of shape `(T,)`).
+        start: position of the candidate's first token.
+        length: number of candidate tokens, at least 1.
+    """
+
+    tokens: torch.LongTensor
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Canvases padded on the right to a common width T, so that every position is that of the pair alone.
+
+    Attributes:
+        tokens (`torch.LongTensor` of shape `(B, T)`): the true tokens, and padding.
+        starts, lengths, widths (`torch.LongTensor` of shape `(B,)`, on the CPU):
+            first candidate position, number of candidate tokens, and number of tokens in all.
+    """
+
+    tokens: torch.LongTensor
+    starts: torch.LongTensor
+    lengths: torch.LongTensor
+    widths: torch.LongTensor
+
+    def candidate_mask(self) -> torch.BoolTensor:
+        """(B, T), True at the candidates' tokens."""
+        positions = torch.arange(self.tokens.shape[1])
+        starts = self.starts.unsqueeze(1)
+        mask = (positions >= starts) & (positions < starts + self.lengths.unsqueeze(1))
+        return mask.to(self.tokens.device)
+
+    def select(self, rows: torch.LongTensor) -> "Batch":
+        """The given rows (R,), with padding that none of them needs cut off."""
+        width = int(self.widths[rows].max())
+        return Batch(self.tokens[rows, :width], self.starts[rows], self.lengths[rows], self.widths[rows])
+
+
+def check_model(model: PreTrainedModel):
+    """Raises `ValueError` for a model that cannot score: one in training mode, or without a mask token."""
+    if model.training:
+        raise ValueError("`model` is in training mode, where dropout makes scores random: call `model.eval()` first.")
+    if getattr(model.config, "mask_token_id", None) is None:
+        raise ValueError("`model.config.mask_token_id` is None: scoring needs the id of [MASK].")
+
+
+def check_forward_settings(batch_size: int, guidance_scale: float):
+    """Raises `ValueError` for a batch size below 1 or a negative guidance scale."""
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if not guidance_scale >= 0:
+        raise ValueError(f"`guidance_scale` must be at least 0, got {guidance_scale}.")
+
+
+def make_canvases(
+    model: PreTrainedModel,
+    pairs: Sequence[Pair],
+    *,
+    append_eos: bool,
+    add_bos: bool,
+    bos_token_id: int | None,
+) -> list[Canvas]:
+    """Checks every pair and lays out its canvas.
+
+    Raises:
+        ValueError: naming the pair, if a candidate is empty or holds [MASK], if an id lies outside the vocabulary, or
+            if a canvas exceeds `max_position_embeddings`; and if BOS or EOS is asked for and has no id.
+    """
+    config = model.config
+    if add_bos and bos_token_id is None:
+        bos_token_id = config.bos_token_id
+        if bos_token_id is None:
+            raise ValueError("`add_bos` is True, but `model.config.bos_token_id` is None: pass `bos_token_id`.")
+    prefix = [] if bos_token_id is None else [bos_token_id]
+    suffix = []
+    if append_eos:
+        eos = config.eos_token_id
+        suffix = [eos[0] if isinstance(eos, list) else eos]
+        if suffix == [None]:
+            raise ValueError("`append_eos` is True, but `model.config.eos_token_id` is None.")
+
+    canvases = []
+    for index, (context, candidate) in enumerate(pairs):
+        context, candidate = (torch.as_tensor(ids, dtype=torch.long).cpu().flatten() for ids in (context, candidate))
+        tokens = torch.cat([torch.tensor(prefix, dtype=torch.long), context, candidate, torch.tensor(suffix).long()])
+        if len(candidate) == 0:
+            raise ValueError(f"`pairs[{index}]` has an empty candidate: a score needs at least one token.")
+        if (tokens < 0).any() or (tokens >= config.vocab_size).any():
+            raise ValueError(f"`pairs[{index}]` has a token id outside the vocabulary, [0, {config.vocab_size}).")
+        if (candidate == config.mask_token_id).any():
+            raise ValueError(f"`pairs[{index}]` has [MASK] (id {config.mask_token_id}) in its candidate.")
+        limit = config.max_position_embeddings
+        if len(tokens) > limit:
+            raise ValueError(
+                f"`pairs[{index}]` takes {len(tokens)} tokens ({len(context)} of context, {len(candidate)} of "
+                f"candidate, {len(prefix) + len(suffix)} of BOS and EOS), more than the model's {limit} positions."
+            )
+        canvases.append(Canvas(tokens, len(prefix) + len(context), len(candidate)))
+    return canvases
+
+
+def collate(canvases: Sequence[Canvas], device: torch.device) -> Batch:
+    """Pads canvases on the right into one batch on `device`."""
+    return Batch(
+        pad_sequence([canvas.tokens for canvas in canvases], batch_first=True).to(device),
+        torch.tensor([canvas.start for canvas in canvases]),
+        torch.tensor([canvas.length for canvas in canvases]),
+        torch.tensor([len(canvas.tokens) for canvas in canvases]),
+    )
+
+
+def longest_first(canvases: Sequence[Canvas]) -> list[int]:
+    """Indices of the canvases by falling length: little padding, and a lack of memory shows at once."""
+    return sorted(range(len(canvases)), key=lambda index: -len(canvases[index].tokens))
+
+
+def length_batches(canvases: Sequence[Canvas], batch_size: int, device: torch.device) -> Iterator[tuple[list, Batch]]:
+    """Yields batches of canvases of similar length, each with the indices of its rows."""
+    order = longest_first(canvases)
+    for first in range(0, len(order), batch_size):
+        indices = order[first : first + batch_size]
+        yield indices, collate([canvases[index] for index in indices], device)
+
+
+def masked_logits(
+    model: PreTrainedModel, batch: Batch, masked: torch.BoolTensor, guidance_scale: float
+) -> torch.FloatTensor:
+    """Logits at the masked positions, in fp32 or the model's own precision, whichever is higher.
+
+    With guidance, `logits = unconditional + guidance_scale * (conditional - unconditional)`, where the unconditional
+    forward sees the context, BOS included, masked (LLaDA, arXiv 2502.09992, appendix A; its `cfg` is
+    `guidance_scale - 1`). A scale of 1 is no guidance and costs no second forward.
+
+    Args:
+        batch: B canvases of width T.
+        masked (`torch.BoolTensor` of shape `(B, T)`): positions that the model sees as [MASK].
+
+    Returns:
+        `torch.FloatTensor` of shape `(M, V)`: a row per masked position, in row-major order.
+    """
+    positions = torch.arange(batch.tokens.shape[1])
+    attention_mask = positions < batch.widths.unsqueeze(1)
+    arguments = {"logits_to_keep": masked}
+    if not attention_mask.all():
+        arguments["attention_mask"] = attention_mask.to(masked.device)
+
+    def forward(hidden: torch.BoolTensor) -> torch.Tensor:
+        logits = model(input_ids=batch.tokens.masked_fill(hidden, model.config.mask_token_id), **arguments).logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    logits = forward(masked)
+    if guidance_scale != 1:
+        in_context = (positions < batch.starts.unsqueeze(1)).to(masked.device)
+        unconditional = forward(masked | in_context)
+        logits = unconditional + guidance_scale * (logits - unconditional)
+    return logits
