@@ -18,12 +18,13 @@ from transformers.utils import logging
 from . import EMBEDDED_MODEL
 from .blanks import encode_with_blanks
 from .conversion.cli import convert, export
+from .evaluation.cli import CONTEXT_SETTINGS, evaluate
 from .live import LiveDenoising
 from .trace import check_trace_path, write_trace
 
 app = typer.Typer(
     name="illada",
-    help="Masked diffusion language models: generate, fill blanks, revise, convert, export.",
+    help="Masked diffusion language models: generate, fill blanks, revise, convert, export, evaluate.",
     epilog="Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -324,6 +325,7 @@ def info(model: MODEL = None, as_json: JSON = False):
 
 app.command()(convert)
 app.command()(export)
+app.command("eval", context_settings=CONTEXT_SETTINGS)(evaluate)
 
 
 def main():
