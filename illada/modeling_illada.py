@@ -120,6 +120,8 @@ class ILLaDAModel(ILLaDAPreTrainedModel, LlamaModel):
             offset = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + offset).unsqueeze(0)
 
+        if attention_mask is not None and attention_mask.ndim == 4 and not attention_mask.is_floating_point():
+            attention_mask = self._boolean_mask(attention_mask, inputs_embeds.dtype)
         bidirectional_mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -138,6 +140,17 @@ class ILLaDAModel(ILLaDAPreTrainedModel, LlamaModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _boolean_mask(self, attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A four-dimensional mask of True and False as the attention in use reads it.
+
+        Transformers hands such a mask on as it is, and all but SDPA would add its ones and zeros to the scores.
+        """
+        attention_mask = attention_mask.bool()
+        if self.config._attn_implementation == "sdpa":
+            return attention_mask
+        additive = torch.zeros_like(attention_mask, dtype=dtype)
+        return additive.masked_fill(~attention_mask, torch.finfo(dtype).min)
 
 
 def masked_diffusion_loss(
@@ -215,8 +228,8 @@ class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
         Args:
             input_ids (`torch.LongTensor` of shape `(B, S)`): tokens, masked where they equal `config.mask_token_id`.
             attention_mask (`torch.Tensor` of shape `(B, S)` or `(B, 1, S, S)`, *optional*):
-                1 for tokens and 0 for padding; or four-dimensional, boolean with True where attention is allowed or
-                additive in the model's dtype, for instance to keep packed segments apart.
+                1 for tokens and 0 for padding; or four-dimensional, boolean (or 0 and 1) with True where attention is
+                allowed or additive in the model's dtype, for instance to keep packed segments apart.
             position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): `arange(S)` if absent.
             past_key_values (`Cache`, *optional*): keys and values that the attention reads besides its own.
             inputs_embeds (`torch.FloatTensor` of shape `(B, S, hidden_size)`, *optional*): in place of `input_ids`.

@@ -173,6 +173,22 @@ def test_attention_sees_both_directions_and_no_padding(tiny_model):
     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float])
+def test_a_four_dimensional_mask_keeps_segments_apart(tiny_config, attention, dtype):
+    """True or 1 where attention is allowed, or additive; also through eager attention, which adds what it gets."""
+    model = ILLaDAForCausalLM._from_config(tiny_config, attn_implementation=attention).eval()
+    input_ids = torch.randint(6, 64, (1, 8))
+    segment = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1]])
+    allowed = (segment.unsqueeze(1) == segment.unsqueeze(2)).unsqueeze(1)
+    mask = torch.where(allowed, 0.0, torch.finfo(dtype).min) if dtype.is_floating_point else allowed.to(dtype)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
+    with torch.no_grad():
+        logits = model(input_ids, attention_mask=mask, position_ids=positions).logits
+        apart = torch.cat([model(part).logits for part in (input_ids[:, :5], input_ids[:, 5:])], 1)
+    torch.testing.assert_close(logits, apart)
+
+
 def test_residual_dropout_acts_in_training_on_attention_and_mlp_outputs(tiny_config):
     tiny_config.resid_pdrop = 1.0
     model = ILLaDAForCausalLM(tiny_config)
