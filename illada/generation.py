@@ -365,7 +365,8 @@ def _finish_at_stop(canvas: Canvas, block: Block, stopping_criteria: StoppingCri
     for criterion in stopping_criteria:
         first = block.start + 1 if isinstance(criterion, StopStringCriteria) else block.end
         for end in range(first, block.end + 1):
-            stopped = criterion(canvas.tokens[:, :end], None)
+            # As in `StoppingCriteriaList`, a criterion may answer with one bool for the batch.
+            stopped = torch.zeros_like(canvas.live) | criterion(canvas.tokens[:, :end], None)
             canvas.finish(stopped, torch.full_like(canvas.ends, end))
 
 

@@ -210,6 +210,17 @@ def test_criteria_are_not_asked_before_there_is_a_response():
     assert output.tolist() == [[7, A, B, C], [7, 7, 7, C]]
 
 
+def test_a_criterion_may_answer_for_the_whole_batch():
+    """One bool, as `StoppingCriteriaList` allows."""
+    output = writer_of([A] * 9).generate(
+        torch.tensor([[7], [10]]),
+        max_new_tokens=9,
+        block_length=2,
+        stopping_criteria=[lambda input_ids, scores: input_ids.shape[1] >= 5],
+    )
+    assert output.tolist() == [[7, A, A, A, A], [10, A, A, A, A]]
+
+
 def test_transformers_own_criteria_work():
     output = writer_of([A] * 9).generate(
         prompt_of(2), max_new_tokens=9, block_length=2, stopping_criteria=[MaxLengthCriteria(5)]
