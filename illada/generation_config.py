@@ -11,7 +11,12 @@ CANVASES = ("growing", "fixed")
 PARALLEL_RULES = ("confidence_threshold", "confidence_factor", "entropy_bound")
 
 PRESETS: dict[str, dict] = {
-    "exact": {"confidence_threshold": None, "confidence_factor": None, "entropy_bound": None},
+    "exact": {
+        "max_denoising_steps": None,
+        "confidence_threshold": None,
+        "confidence_factor": None,
+        "entropy_bound": None,
+    },
     "fast": {"confidence_threshold": 0.9},
 }
 """Settings by name. `exact` is the published quality, one token per forward pass; `docs/generation.md` has the
@@ -155,8 +160,8 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
     ) -> "MaskedDiffusionGenerationConfig":
         """The settings of one call: `fields`, then `preset`, then `given`, then the model's `own`, then defaults.
 
-        Fields that exclude each other (two lengths, two parallel rules) are taken together: if the caller sets one of
-        them, those of the model are left out.
+        Fields that exclude each other (two lengths, two parallel rules) are taken together: where one source sets one
+        of them, those of the sources behind it are left out.
 
         Raises:
             ValueError: if a field is unknown or has a bad value.
@@ -175,14 +180,16 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             values = cls.from_standard(source).to_dict()
             return {name: value for name, value in values.items() if value is not None and name in vars(config)}
 
-        caller = {**set_fields(given), **PRESETS.get(preset, {}), **fields}
-        inherited = set_fields(own)
-        for alternatives in (("max_new_tokens", "max_length"), PARALLEL_RULES):
-            if any(caller.get(name) is not None for name in alternatives):
-                inherited = {name: value for name, value in inherited.items() if name not in alternatives}
-        for name, value in {**cls._get_default_generation_params(), **inherited, **caller}.items():
+        caller = [set_fields(given), PRESETS.get(preset, {}), fields]
+        values: dict[str, Any] = {}
+        for source in (cls._get_default_generation_params(), set_fields(own), *caller):
+            for alternatives in (("max_new_tokens", "max_length"), PARALLEL_RULES):
+                if any(source.get(name) is not None for name in alternatives):
+                    values = {name: value for name, value in values.items() if name not in alternatives}
+            values |= source
+        for name, value in values.items():
             setattr(config, name, value)
-        config.validate(user_set_attributes=set(caller))
+        config.validate(user_set_attributes=set().union(*caller))
         return config
 
     @staticmethod

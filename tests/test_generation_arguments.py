@@ -262,6 +262,26 @@ def test_plain_generation_configs_are_understood(model):
     assert torch.equal(model.generate(PROMPT, GenerationConfig(max_new_tokens=9), max_new_tokens=5), expected)
 
 
+@pytest.mark.parametrize(
+    ("given", "arguments", "expected"),
+    [
+        ({}, {"preset": "fast", "entropy_bound": 0.1}, {"entropy_bound": 0.1}),
+        ({"confidence_factor": 1.0}, {"preset": "fast"}, {"confidence_threshold": 0.9}),
+        ({"confidence_factor": 1.0}, {"confidence_threshold": 0.5}, {"confidence_threshold": 0.5}),
+        ({"max_new_tokens": 9}, {"max_length": 5}, {"max_length": 5}),
+        ({"max_denoising_steps": 1, "confidence_factor": 1.0}, {"preset": "exact"}, {}),
+        ({}, {"preset": "exact", "max_denoising_steps": 3}, {"max_denoising_steps": 3}),
+    ],
+    ids=str,
+)
+def test_of_fields_that_exclude_each_other_the_nearest_source_wins(given, arguments, expected):
+    """Keyword arguments, then the preset, then the config of the call."""
+    names = ("confidence_threshold", "confidence_factor", "entropy_bound", "max_denoising_steps")
+    names += ("max_new_tokens", "max_length")
+    config = MaskedDiffusionGenerationConfig.merged(None, MaskedDiffusionGenerationConfig(**given), **arguments)
+    assert {name: getattr(config, name) for name in names if getattr(config, name) is not None} == expected
+
+
 def test_the_callers_config_and_the_models_are_left_alone(model):
     config = MaskedDiffusionGenerationConfig(max_new_tokens=3)
     before = config.to_dict(), model.generation_config.to_dict()
