@@ -208,6 +208,11 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
             ValueError: names the argument, its value and what is allowed, before the first forward pass.
         """
         check_revision(fraction, threshold, num_rounds, num_scoring_passes)
+        for name in ("max_new_tokens", "max_length", "num_return_sequences", "return_dict_in_generate"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` must be left to `generate`, got {kwargs[name]!r}: a revision has no use for it."
+                )
         settings = {**kwargs, "max_new_tokens": 0, "return_dict_in_generate": True}
         arguments = inspect.signature(self.generate).parameters
         fields = {name: value for name, value in settings.items() if name not in arguments}
@@ -218,8 +223,9 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
         )
         if (tokens == config.mask_token_id).any():
             raise ValueError("`input_ids` must be finished texts, got a [MASK]: fill it with `generate` first.")
-        if protected is not None and protected.shape != tokens.shape:
-            raise ValueError(f"`protected` must be {tuple(tokens.shape)}, got {tuple(protected.shape)}.")
+        if protected is not None and getattr(protected, "shape", None) != tokens.shape:
+            kind = tuple(protected.shape) if isinstance(protected, torch.Tensor) else type(protected).__name__
+            raise ValueError(f"`protected` must be a tensor of shape {tuple(tokens.shape)}, got {kind}.")
         special_ids = [config.bos_token_id, config.pad_token_id, *config.eos_token_ids]
         special = torch.tensor([token_id for token_id in special_ids if token_id is not None], device=tokens.device)
         asked = mask & ~torch.isin(tokens, special)

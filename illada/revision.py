@@ -85,8 +85,8 @@ def check_revision(fraction: float | None, threshold: float | None, num_rounds: 
     if (fraction is None) == (threshold is None):
         raise ValueError(f"Exactly one of `fraction` and `threshold` must be given, got {fraction} and {threshold}.")
     for name, value in (("fraction", fraction), ("threshold", threshold)):
-        if value is not None and not (isinstance(value, (int, float)) and 0 < value <= 1):
+        if value is not None and not (type(value) in (int, float) and 0 < value <= 1):
             raise ValueError(f"`{name}` must be a number in (0, 1], got {value!r}.")
     for name, value in (("num_rounds", num_rounds), ("num_scoring_passes", 1 if num_passes is None else num_passes)):
-        if not (isinstance(value, int) and value >= 1):
+        if not (type(value) is int and value >= 1):
             raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
