@@ -83,7 +83,7 @@ class Denoiser:
 
         probability = token_probability(logits, tokens)
         confidence = _scatter(probability, masked, torch.nan)
-        committed = self._select(logits, tokens, masked, confidence, quota)
+        committed = self._select(logits, probability, masked, confidence, quota)
         proposals = canvas.tokens[rows, columns].masked_scatter(masked, tokens)
         canvas.commit(rows, block, proposals, committed, confidence)
         return DenoisingStep(rows, block.start, block.end, canvas.tokens[rows], proposals, committed, confidence)
@@ -134,10 +134,10 @@ class Denoiser:
         tokens = self.canvas.tokens[rows].masked_fill(~self.canvas.attention_mask[rows], self.canvas.mask_token_id)
         return tokens.repeat_interleave(masked.sum(-1), dim=0)
 
-    def _select(self, logits, tokens, masked, confidence, quota) -> torch.BoolTensor:
+    def _select(self, logits, probability, masked, confidence, quota) -> torch.BoolTensor:
         """The positions (R, W) to commit: the quota of the best ranked, and what the parallel rule adds."""
         config = self.config
-        scores = _scatter(RANKINGS[config.remasking](logits, tokens, self.generator), masked, -torch.inf)
+        scores = _scatter(RANKINGS[config.remasking](logits, probability, self.generator), masked, -torch.inf)
         committed = commit_by_quota(scores, masked, quota)
         if config.confidence_threshold is not None:
             committed |= commit_by_threshold(confidence, masked, config.confidence_threshold)

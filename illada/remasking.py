@@ -31,34 +31,35 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
-def rank_by_low_confidence(logits: torch.Tensor, tokens: torch.LongTensor, generator: torch.Generator | None):
+def rank_by_low_confidence(logits: torch.Tensor, probability: torch.Tensor, generator: torch.Generator | None):
     """LLaDA's low-confidence remasking (arXiv 2502.09992): the least probable proposals stay masked."""
-    return token_probability(logits, tokens)
+    return probability
 
 
-def rank_at_random(logits: torch.Tensor, tokens: torch.LongTensor, generator: torch.Generator | None):
+def rank_at_random(logits: torch.Tensor, probability: torch.Tensor, generator: torch.Generator | None):
     """LLaDA's random remasking, the literal reverse process: every masked position has the same chance."""
-    return torch.rand(tokens.shape, generator=generator, device=logits.device)
+    return torch.rand(probability.shape, generator=generator, device=logits.device)
 
 
-def rank_by_margin(logits: torch.Tensor, tokens: torch.LongTensor, generator: torch.Generator | None):
+def rank_by_margin(logits: torch.Tensor, probability: torch.Tensor, generator: torch.Generator | None):
     """Probability of the likeliest token minus that of the second (Dream, arXiv 2508.15487: `topk_margin`)."""
     best_two = (logits.topk(2, dim=-1).values - logits.logsumexp(-1, keepdim=True)).exp()
     return best_two[:, 0] - best_two[:, 1]
 
 
-def rank_by_entropy(logits: torch.Tensor, tokens: torch.LongTensor, generator: torch.Generator | None):
+def rank_by_entropy(logits: torch.Tensor, probability: torch.Tensor, generator: torch.Generator | None):
     """Negative entropy of the prediction: the narrowest distribution goes first (Dream: `entropy`)."""
     return -entropy(logits)
 
 
-RANKINGS: dict[str, Callable[[torch.Tensor, torch.LongTensor, torch.Generator | None], torch.Tensor]] = {
+RANKINGS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Generator | None], torch.Tensor]] = {
     "low_confidence": rank_by_low_confidence,
     "random": rank_at_random,
     "margin": rank_by_margin,
     "entropy": rank_by_entropy,
 }
-"""What `remasking` may name: functions of (logits, proposed tokens, generator) that return scores (M,)."""
+"""What `remasking` may name: functions of (logits, probability (M,) of the proposals, generator) that return
+scores (M,)."""
 
 
 def commit_quotas(num_masked: torch.LongTensor, num_steps: int) -> torch.LongTensor:

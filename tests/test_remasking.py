@@ -273,7 +273,8 @@ def test_token_probability():
 def test_rankings_are_of_the_proposal_or_of_the_distribution():
     # Probabilities .5 .3 .2, the proposal is the third token, as sampling may give.
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    scores = {name: rank(logits, torch.tensor([2]), None).item() for name, rank in RANKINGS.items()}
+    probability = token_probability(logits, torch.tensor([2]))
+    scores = {name: rank(logits, probability, None).item() for name, rank in RANKINGS.items()}
     assert scores["low_confidence"] == pytest.approx(0.2)
     assert scores["margin"] == pytest.approx(0.5 - 0.3)
     assert scores["entropy"] == pytest.approx(0.5 * math.log(0.5) + 0.3 * math.log(0.3) + 0.2 * math.log(0.2))
