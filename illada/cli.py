@@ -19,6 +19,7 @@ from . import EMBEDDED_MODEL
 from .blanks import encode_with_blanks
 from .conversion.cli import convert, export
 from .evaluation.cli import CONTEXT_SETTINGS, evaluate
+from .generation import MaskedDiffusionGenerationMixin
 from .live import LiveDenoising
 from .trace import check_trace_path, write_trace
 
@@ -79,6 +80,8 @@ def _load(model: str | None, device: str | None, dtype: str):
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except SafetensorError as error:
         raise ValueError(f"A safetensors file of {source!r} is damaged: {error}.") from error
+    if not isinstance(loaded, MaskedDiffusionGenerationMixin):
+        raise ValueError(f"`--model` must be a masked diffusion model, got {source!r}: {type(loaded).__name__}.")
     tokenizer = AutoTokenizer.from_pretrained(source)
     return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
@@ -90,6 +93,8 @@ def _set(**settings) -> dict:
 
 def _sampling(temperature: float, top_p: float | None, top_k: int | None) -> dict:
     if temperature == 0:
+        if top_p is not None or top_k is not None:
+            raise ValueError(f"`--top-p` and `--top-k` need a `--temperature` above 0, got {temperature:g}: greedy.")
         return {"do_sample": False}
     return {"do_sample": True, "temperature": temperature, **_set(top_p=top_p, top_k=top_k)}
 

@@ -2,6 +2,7 @@
 
 import html
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -12,13 +13,15 @@ FORMATS = (".html", ".png")
 
 
 def check_trace_path(path: Path | None):
-    """Raises a `ValueError` unless `path` is None or ends with a known format, and its folder exists."""
+    """Raises a `ValueError` unless `path` is None or can be written: known format, its library, existing folder."""
     if path is None:
         return
     if path.suffix not in FORMATS:
         raise ValueError(f"`--trace` must end with {' or '.join(FORMATS)}, got {str(path)!r}.")
     if not path.parent.is_dir():
         raise ValueError(f"`--trace` must lie in an existing folder, got {str(path)!r}.")
+    if path.suffix == ".png" and find_spec("matplotlib") is None:
+        raise ValueError("`--trace` needs matplotlib for a .png: `pip install matplotlib`, or name an .html file.")
 
 
 def trace_tokens(

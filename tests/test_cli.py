@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from illada import EMBEDDED_MODEL
 from illada.cli import main
@@ -109,6 +110,8 @@ def test_every_command_has_help_with_an_example(capsys, monkeypatch):
         (["generate", "hi", "--model", "./no/such/folder"], 1, "--model"),
         (["generate", "hi", "--trace", "trace.gif"], 1, "--trace"),
         (["generate", "hi", "--temperature", "-1"], 2, "--temperature"),
+        (["generate", "hi", "--top-p", "0.9"], 1, "--temperature"),
+        (["infill", "a <[MASK]>", "--top-k", "5"], 1, "--temperature"),
         (["generate"], 2, "prompt"),
         (["infill", "no blank"], 1, "blank"),
         (["revise", "text", "--fraction", "3"], 1, "fraction"),
@@ -131,6 +134,12 @@ def test_broken_checkpoints_are_one_line_errors(capsys, monkeypatch, tmp_path, t
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     code, _, err = run(capsys, monkeypatch, "info", "--model", str(tmp_path / "cut"))
     assert code == 1 and len(err.splitlines()) == 1 and "safetensors file" in err
+
+
+def test_a_model_of_another_kind_is_refused(capsys, monkeypatch, tmp_path):
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)).save_pretrained(tmp_path)
+    code, _, err = run(capsys, monkeypatch, "infill", SENTENCE, "--model", str(tmp_path))
+    assert code == 1 and len(err.splitlines()) == 1 and "masked diffusion" in err
 
 
 def test_interrupt_has_its_own_exit_code(capsys, monkeypatch):

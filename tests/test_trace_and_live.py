@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from illada.live import COMMITTED_STYLE, DRAFT_STYLE, LiveDenoising
-from illada.trace import trace_tokens, write_trace
+from illada.trace import check_trace_path, trace_tokens, write_trace
 from illada.training.tokenizer import train_tokenizer
 
 PROMPT = torch.tensor([[0, 40, 5, 42]])
@@ -58,6 +58,13 @@ def test_bad_paths(tmp_path, tokenizer, output):
         write_trace(tmp_path / "trace.gif", tokenizer, output)
     with pytest.raises(ValueError, match="existing folder"):
         write_trace(tmp_path / "no" / "trace.png", tokenizer, output)
+
+
+def test_a_picture_without_matplotlib_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("illada.trace.find_spec", lambda name: None)
+    check_trace_path(tmp_path / "trace.html")
+    with pytest.raises(ValueError, match="matplotlib"):
+        check_trace_path(tmp_path / "trace.png")
 
 
 def test_live_view_shows_settled_committed_and_drafted_tokens(tokenizer, tiny_model):
