@@ -223,6 +223,11 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
         )
         if (tokens == config.mask_token_id).any():
             raise ValueError("`input_ids` must be finished texts, got a [MASK]: fill it with `generate` first.")
+        if (length := int(mask.sum(-1).max())) > self.config.max_position_embeddings:
+            raise ValueError(
+                f"`input_ids` must fit into the model's {self.config.max_position_embeddings} positions "
+                f"(`max_position_embeddings`), got {length} tokens."
+            )
         if protected is not None and getattr(protected, "shape", None) != tokens.shape:
             kind = tuple(protected.shape) if isinstance(protected, torch.Tensor) else type(protected).__name__
             raise ValueError(f"`protected` must be a tensor of shape {tuple(tokens.shape)}, got {kind}.")

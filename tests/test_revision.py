@@ -109,6 +109,12 @@ def test_bad_arguments(tiny_model, text, arguments, name):
         tiny_model.revise(text, **arguments)
 
 
+def test_a_text_beyond_the_models_positions_is_refused_before_the_first_pass(tiny_model):
+    tiny_model.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass"))
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        tiny_model.revise(torch.full((1, 129), 7), fraction=0.5)
+
+
 def test_a_text_with_masks_is_refused(tiny_model):
     with pytest.raises(ValueError, match="MASK"):
         tiny_model.revise(torch.tensor([[7, 5, 8]]), fraction=0.5)
