@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import huggingface_hub
 import torch
 import typer
 from rich.console import Console
@@ -46,7 +47,7 @@ TRACE = Annotated[
     typer.Option(help="Write a page (.html) that plays the denoising, or a picture (.png).", show_default="off"),
 ]
 SEED = Annotated[int | None, typer.Option(help="Seed of the noise.", show_default="random")]
-PRESET = Annotated[str | None, typer.Option(help="exact or fast; other options override it.", show_default="exact")]
+PRESET = Annotated[str | None, typer.Option(help="exact or fast; other options override it.", show_default="none")]
 BLOCK_LENGTH = Annotated[int | None, typer.Option(help="Tokens decoded together.", show_default="the checkpoint's")]
 STEPS = Annotated[int | None, typer.Option(help="Denoising steps per block.", show_default="one per token")]
 REMASKING = Annotated[
@@ -70,6 +71,7 @@ TOP_K = Annotated[int | None, typer.Option(help="Candidates of the sampling.", s
 def _load(model: str | None, device: str | None, dtype: str):
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
     source = str(EMBEDDED_MODEL) if model is None else model
     is_hub_id = not Path(source).exists() and re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", source)
     if not is_hub_id and not Path(source, "config.json").exists():

@@ -72,6 +72,7 @@ class Denoiser:
         self.processors, self.warpers, self.position_processors = processors, warpers, position_processors
         self.generator = generator
         self.is_guided = config.guidance_scale not in (None, 1)
+        self.eos_token_ids = torch.tensor(config.eos_token_ids, dtype=torch.long, device=canvas.tokens.device)
         self.is_padded = not bool(canvas.attention_mask.all())
 
     def __call__(self, block: Block, rows: torch.LongTensor, quota: torch.LongTensor) -> DenoisingStep:
@@ -83,7 +84,7 @@ class Denoiser:
 
         probability = token_probability(logits, tokens)
         confidence = _scatter(probability, masked, torch.nan)
-        committed = self._select(logits, probability, masked, confidence, quota)
+        committed = self._select(logits, tokens, probability, masked, quota)
         proposals = canvas.tokens[rows, columns].masked_scatter(masked, tokens)
         canvas.commit(rows, block, proposals, committed, confidence)
         return DenoisingStep(rows, block.start, block.end, canvas.tokens[rows], proposals, committed, confidence)
@@ -119,7 +120,8 @@ class Denoiser:
             row_index, column = masked.nonzero(as_tuple=True)
             for process in self.position_processors:
                 logits = process(self.canvas.tokens[rows], row_index, start + column, logits)
-        return logits.index_fill(-1, torch.tensor([self.canvas.mask_token_id], device=logits.device), -torch.inf)
+        logits[:, self.canvas.mask_token_id] = -torch.inf
+        return logits
 
     def _propose(self, rows: torch.LongTensor, masked: torch.BoolTensor, logits: torch.Tensor) -> torch.LongTensor:
         """A token (M,) for every masked position: the likeliest, or a sample."""
@@ -134,18 +136,25 @@ class Denoiser:
         tokens = self.canvas.tokens[rows].masked_fill(~self.canvas.attention_mask[rows], self.canvas.mask_token_id)
         return tokens.repeat_interleave(masked.sum(-1), dim=0)
 
-    def _select(self, logits, probability, masked, confidence, quota) -> torch.BoolTensor:
+    def _select(self, logits, tokens, probability, masked, quota) -> torch.BoolTensor:
         """The positions (R, W) to commit: the quota of the best ranked, and what the parallel rule adds."""
         config = self.config
-        scores = _scatter(RANKINGS[config.remasking](logits, probability, self.generator), masked, -torch.inf)
-        committed = commit_by_quota(scores, masked, quota)
+        scores = RANKINGS[config.remasking](logits, probability, self.generator)
+        if config.defer_eos:
+            is_eos = torch.isin(tokens, self.eos_token_ids)
+            scores = scores.masked_fill(is_eos, torch.finfo(scores.dtype).min)
+            probability = probability.masked_fill(is_eos, 0)
+        committed = commit_by_quota(_scatter(scores, masked, -torch.inf), masked, quota)
+        confidence = _scatter(probability, masked, 0)
         if config.confidence_threshold is not None:
             committed |= commit_by_threshold(confidence, masked, config.confidence_threshold)
         if config.confidence_factor is not None:
             committed |= commit_by_factor(confidence, masked, config.confidence_factor)
         if config.entropy_bound is not None:
-            entropies = _scatter(entropy(logits), masked, torch.nan)
-            committed |= commit_by_entropy_bound(entropies, masked, config.entropy_bound)
+            entropies = entropy(logits)
+            if config.defer_eos:
+                entropies = entropies.masked_fill(is_eos, torch.inf)
+            committed |= commit_by_entropy_bound(_scatter(entropies, masked, torch.inf), masked, config.entropy_bound)
         return committed
 
 

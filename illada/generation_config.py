@@ -109,6 +109,9 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         entropy_bound (`float`, *optional*):
             Nats, not negative. Each step also commits positions in ascending entropy while the entropies before each
             add up to at most this. At most one of these three is set.
+        defer_eos (`bool`, defaults to `False`):
+            Commit a proposed EOS only when nothing else of the block is left to commit (LLaDA's
+            `confidence_eos_eot_inf`, for models whose training padded answers with EOS).
         mask_token_id (`int`, defaults to the model config's):
             Id of [MASK].
         end_think_token_ids (`list[int]`, *optional*):
@@ -132,6 +135,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         self.confidence_threshold: float | None = kwargs.pop("confidence_threshold", None)
         self.confidence_factor: float | None = kwargs.pop("confidence_factor", None)
         self.entropy_bound: float | None = kwargs.pop("entropy_bound", None)
+        self.defer_eos: bool | None = kwargs.pop("defer_eos", None)
         self.mask_token_id: int | None = kwargs.pop("mask_token_id", None)
         self.end_think_token_ids: list[int] | None = kwargs.pop("end_think_token_ids", None)
         self.end_think_boost: float | None = kwargs.pop("end_think_boost", None)
@@ -202,6 +206,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             **defaults,
             "block_length": 32,
             "remasking": "low_confidence",
+            "defer_eos": False,
             "end_think_boost": 0.0,
             "end_think_power": 3.0,
             "output_trace": False,
@@ -227,6 +232,11 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             super().validate(strict=strict, user_set_attributes=user_set_attributes)
         finally:
             self.max_new_tokens = max_new_tokens
+        if strict and max_new_tokens == 0:
+            raise ValueError(
+                "`max_new_tokens` must be positive in a config that is saved, got 0: pass it to `generate`, since "
+                "Transformers reads no file with it."
+            )
         self._check_parallel_rules()
         self._check_mask_id()
         if self.end_think_boost and not self.end_think_token_ids:
@@ -246,7 +256,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             self._check_integer(name, minimum=1)
         for name in ("max_new_tokens", "min_length", "min_new_tokens", "top_k", "mask_token_id", "pad_token_id"):
             self._check_integer(name, minimum=0)
-        for name in ("do_sample", "output_trace", "return_dict_in_generate"):
+        for name in ("defer_eos", "do_sample", "output_trace", "return_dict_in_generate"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         self._check_choice("canvas", CANVASES)

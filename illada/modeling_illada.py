@@ -120,8 +120,8 @@ class ILLaDAModel(ILLaDAPreTrainedModel, LlamaModel):
             offset = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + offset).unsqueeze(0)
 
-        if attention_mask is not None and attention_mask.ndim == 4 and not attention_mask.is_floating_point():
-            attention_mask = self._boolean_mask(attention_mask, inputs_embeds.dtype)
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
+            attention_mask = self._dense_mask(attention_mask, inputs_embeds.dtype)
         bidirectional_mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -141,11 +141,16 @@ class ILLaDAModel(ILLaDAPreTrainedModel, LlamaModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _boolean_mask(self, attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """A four-dimensional mask of True and False as the attention in use reads it.
+    def _dense_mask(self, attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A four-dimensional mask as the attention in use reads it.
 
-        Transformers hands such a mask on as it is, and all but SDPA would add its ones and zeros to the scores.
+        Transformers hands such a mask on as it is, and all but SDPA would add the ones and zeros of a boolean one to
+        the scores.
         """
+        if self.config._attn_implementation == "flex_attention":
+            raise ValueError("`attention_mask` must be (B, S) or a `BlockMask` with flex attention, got a dense one.")
+        if attention_mask.is_floating_point():
+            return attention_mask
         attention_mask = attention_mask.bool()
         if self.config._attn_implementation == "sdpa":
             return attention_mask
@@ -248,7 +253,8 @@ class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
         Returns:
             `MaskedLMOutput`: `logits` of shape `(B, S, V)`; `(B, n, V)` for an integer or index `logits_to_keep`;
             `(M, V)` for a boolean one, a row per selected position in row-major order. With `labels`, `loss` is that
-            of [`masked_diffusion_loss`] and `logits` are `(M, V)`: the positions with a label and a weight.
+            of [`masked_diffusion_loss`] and `logits` are `(M, V)`: the positions with a label and a weight (evaluate
+            with `prediction_loss_only=True` in a Trainer, since they do not align with `labels`).
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -261,6 +267,7 @@ class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
         if labels is not None:
             logits_to_keep = labels != -100
             if loss_weights is not None:
+                loss_weights = loss_weights.expand_as(labels)
                 logits_to_keep = logits_to_keep & (loss_weights != 0)
         logits = self.lm_head(_states_to_keep(outputs.last_hidden_state, logits_to_keep))
 

@@ -52,7 +52,8 @@ def leave_one_out_confidences(
     """
     confidences = torch.full(tokens.shape, torch.nan, device=tokens.device)
     rank = asked.cumsum(-1) - 1
-    num_passes = num_passes or int(asked.sum(-1).max())
+    most = int(asked.sum(-1).max())
+    num_passes = min(num_passes or most, most)
     for index in range(num_passes):
         masked = asked & (rank % num_passes == index)
         logits = model(

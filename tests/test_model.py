@@ -1,6 +1,7 @@
 """The model: loading and saving, tied weights, the loss, training."""
 
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -86,12 +87,15 @@ def test_lm_head_may_be_stored_and_equal(tied_folder, tiny_model):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_lm_head_that_differs_is_kept_untied(tied_folder, tiny_model, tmp_path):
+def test_lm_head_that_differs_is_kept_untied(tied_folder, tiny_model, tmp_path, caplog, monkeypatch):
     """The config says tied, the tensors differ: both are kept, a warning says so, and saving keeps both again."""
     other = torch.randn_like(tiny_model.lm_head.weight)
     rewrite(tied_folder, lambda t: t.update({"lm_head.weight": other}))
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     for folder in (tied_folder, tmp_path / "again"):
+        caplog.clear()
         model = AutoModel.from_pretrained(folder)
+        assert "NOT tie" in caplog.text
         assert torch.equal(model.lm_head.weight, other)
         assert torch.equal(model.model.embed_tokens.weight, tiny_model.model.embed_tokens.weight)
         model.save_pretrained(tmp_path / "again")
@@ -214,6 +218,12 @@ def test_initialisation_is_the_release_s(tiny_config):
     assert model.model.embed_tokens.weight[tiny_config.pad_token_id].any()
 
 
+def test_flex_attention_refuses_a_dense_mask(tiny_model):
+    tiny_model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="attention_mask"):
+        tiny_model(torch.randint(6, 64, (1, 8)), attention_mask=torch.ones(1, 1, 8, 8, dtype=torch.bool))
+
+
 # Loss and training
 
 
@@ -301,6 +311,12 @@ def test_generation_config_is_saved_and_loaded_with_the_model(tmp_path, tiny_mod
     assert torch.equal(reloaded.generate(prompt), tiny_model.generate(prompt))
     (tmp_path / "generation_config.json").unlink()
     assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.block_length is None
+
+
+def test_a_length_that_cannot_be_loaded_is_not_saved(tmp_path, tiny_model):
+    tiny_model.generation_config.max_new_tokens = 0
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        tiny_model.save_pretrained(tmp_path)
 
 
 def test_the_lm_head_runs_on_masked_positions_of_the_block_alone(tiny_model):

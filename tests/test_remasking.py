@@ -279,3 +279,24 @@ def test_rankings_are_of_the_proposal_or_of_the_distribution():
     assert scores["margin"] == pytest.approx(0.5 - 0.3)
     assert scores["entropy"] == pytest.approx(0.5 * math.log(0.5) + 0.3 * math.log(0.3) + 0.2 * math.log(0.2))
     assert 0 <= scores["random"] < 1
+
+
+@pytest.mark.parametrize(
+    "rule, steps",
+    [
+        # Position 2 proposes EOS with the highest confidence of all, and comes last.
+        ({}, [[3], [1], [4], [2]]),
+        ({"max_denoising_steps": 2}, [[1, 3], [2, 4]]),
+        ({"confidence_threshold": 0.6}, [[1, 3], [4], [2]]),
+        # (1 + 1)(1 - 0.9) = 0.2 and (2 + 1)(1 - 0.7) = 0.9 are below 1; (3 + 1)(1 - 0.5) is not.
+        ({"confidence_factor": 1.0}, [[1, 3], [4], [2]]),
+        # 0 nats stand before the first entropy, 0.33 before the second, 0.93 before the third.
+        ({"entropy_bound": 0.5}, [[1, 3], [4], [2]]),
+        ({"remasking": "margin"}, [[3], [1], [4], [2]]),
+        ({"remasking": "entropy"}, [[3], [1], [4], [2]]),
+    ],
+)
+def test_deferred_eos_is_committed_last(rule, steps):
+    table = table_of({1: {A: 0.7}, 2: {2: 0.99}, 3: {B: 0.9}, 4: {C: 0.52}}, positions=5)
+    assert commits_of(table, defer_eos=True, **rule) == steps
+    assert commits_of(table, **rule) != steps
