@@ -81,7 +81,7 @@ def page(results: list[tuple[str, str, dict, dict]], count: int) -> str:
 
 def main(
     model: Annotated[str, typer.Argument(help="Checkpoint folder.")] = str(EMBEDDED_MODEL),
-    count: Annotated[int, typer.Option(help="Held-out examples of each family.")] = 100,
+    count: Annotated[int, typer.Option(help="Held-out examples of each family.")] = 50,
     output: Annotated[Path, typer.Option(help="Folder of the page and the plot.")] = DOCS,
 ):
     """Measure every rule and write decoding_quality.md and decoding_quality.png."""

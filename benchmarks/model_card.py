@@ -45,7 +45,8 @@ do not see each other. In three quarters of the windows prompts stay visible, in
 ![Training loss](loss.png)
 
 Special ids are iLLaDA's: bos 0, pad 1, eos 2, [MASK] 5. Text is English, of a vocabulary of about a hundred words;
-anything else can be encoded, and is not understood. Numbers stay within 0 and 20.
+anything else can be encoded, and is not understood. Numbers stay within 0 and 20. Reversing a list was not learnt in
+this budget: the words of the answer come from the right vocabulary, and not from the list.
 """
 
 
