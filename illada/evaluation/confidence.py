@@ -96,6 +96,8 @@ def is_greedy(
     return [agrees for _, _, agrees in revealed]
 
 
+POOL_BATCHES = 16  # pairs that are held together, in batches
+
 RevealRule = Callable[[torch.Tensor, torch.LongTensor, int], tuple[torch.Tensor, torch.BoolTensor]]
 """(logits (M, V), true tokens (M,), mask id) -> (what ranks the positions (M,), which of them may go on (M,))."""
 
@@ -120,37 +122,41 @@ def _predictions_by_confidence(
 def _reveal_all(
     model, pairs, append_eos, add_bos, bos_token_id, guidance_scale, batch_size, rule: RevealRule
 ) -> list[tuple[float, list[int], bool]]:
-    """[`_reveal`] of all pairs in batches of similar length: score, order and survival, in the order given."""
+    """[`_reveal`] of all pairs in pools of similar length: score, order and survival, in the order given."""
     check_model(model)
     check_forward_settings(batch_size, guidance_scale)
     canvases = make_canvases(model, pairs, append_eos=append_eos, add_bos=add_bos, bos_token_id=bos_token_id)
     results: list = [None] * len(canvases)
-    for indices, batch in length_batches(canvases, batch_size, model.device):
-        tensors = _reveal(model, batch, guidance_scale, rule)
+    for indices, pool in length_batches(canvases, POOL_BATCHES * batch_size, model.device):
+        tensors = _reveal(model, pool, batch_size, guidance_scale, rule)
         for index, score, order, survives in zip(indices, *(tensor.tolist() for tensor in tensors)):
             results[index] = (score, order[: canvases[index].length], survives)
     return results
 
 
 def _reveal(
-    model: PreTrainedModel, batch: Batch, guidance_scale: float, rule: RevealRule
+    model: PreTrainedModel, pool: Batch, batch_size: int, guidance_scale: float, rule: RevealRule
 ) -> tuple[torch.DoubleTensor, torch.LongTensor, torch.BoolTensor]:
     """Reveals the true token at the best ranked position of every row, until nothing is masked or the rule says no.
+
+    A forward takes the first `batch_size` rows that are not done; when one is done, the next of the pool takes its
+    place, so that the batch stays full whatever the candidates' lengths are.
 
     Returns:
         Sum of the ranks of what was revealed `(B,)`, the order of the reveals `(B, L)` in candidate positions (valid
         up to the row's own length), and whether the rule let the row go on to its end `(B,)`.
     """
-    device = batch.tokens.device
-    masked = batch.candidate_mask()
-    sums = torch.zeros(len(batch.tokens), dtype=torch.double, device=device)
-    orders = torch.zeros(len(batch.tokens), int(batch.lengths.max()), dtype=torch.long, device=device)
-    survives = torch.ones(len(batch.tokens), dtype=torch.bool, device=device)
-    for step in range(orders.shape[1]):
-        rows = (survives.cpu() & (batch.lengths > step)).nonzero().squeeze(1)
+    device = pool.tokens.device
+    masked = pool.candidate_mask()
+    sums = torch.zeros(len(pool.tokens), dtype=torch.double, device=device)
+    orders = torch.zeros(len(pool.tokens), int(pool.lengths.max()), dtype=torch.long, device=device)
+    survives = torch.ones(len(pool.tokens), dtype=torch.bool, device=device)
+    num_revealed = torch.zeros_like(pool.lengths)
+    while True:
+        rows = (survives.cpu() & (num_revealed < pool.lengths)).nonzero().squeeze(1)[:batch_size]
         if len(rows) == 0:
             break
-        active = batch.select(rows)
+        active = pool.select(rows)
         active_masked = masked[rows, : active.tokens.shape[1]]
         logits = masked_logits(model, active, active_masked, guidance_scale)
         ranks, may_go_on = rule(logits, active.tokens[active_masked], model.config.mask_token_id)
@@ -160,9 +166,11 @@ def _reveal(
             ranks.new_full(active_masked.shape, -torch.inf).masked_scatter(active_masked, ranks).max(dim=1)
         )
         goes_on = torch.zeros_like(active_masked).masked_scatter(active_masked, may_go_on)
+        steps = num_revealed[rows].to(device)
+        num_revealed[rows] += 1
         rows = rows.to(device)
         sums[rows] += rank
-        orders[rows, step] = position - active.starts.to(device)
+        orders[rows, steps] = position - active.starts.to(device)
         survives[rows] = goes_on.gather(1, position.unsqueeze(1)).squeeze(1)
         masked[rows, position] = False
     return sums, orders, survives
