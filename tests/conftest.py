@@ -9,6 +9,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the Hub
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
+@pytest.fixture(autouse=True)
+def standard_logging():
+    """The command silences Transformers and the Hub for its process, which here is that of all tests."""
+    yield
+    import huggingface_hub
+    from transformers.utils import logging
+
+    logging.set_verbosity_warning()
+    logging.enable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_warning()
+
+
 @pytest.fixture
 def golden_illada() -> Path:
     """Outputs of the released code on a tiny random checkpoint in the iLLaDA release's on-disk form."""

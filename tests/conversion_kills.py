@@ -15,7 +15,7 @@ from release_checkpoints import contents, release
 
 from illada.conversion import convert, converting, writing
 
-KILL_POINTS = ["first shard", "last shard", "config", "verified", "moved away", "moved in", "10 ms", "30 ms", "100 ms"]
+KILL_POINTS = ["first shard", "last shard", "config", "verified", "moved away", "moved in", "10 %", "25 %", "50 %"]
 
 
 def kill_after(module, name, calls=1):
@@ -59,7 +59,19 @@ def arm(point):
         kill_while_renaming(2)
 
 
-def run(folder: Path, point: str) -> dict:
+def seconds_of_a_run(folder: Path) -> float:
+    """How long a child takes that nobody kills: the timed kills come after a share of it, on any machine."""
+    folder.mkdir()
+    start = time.perf_counter()
+    child = os.fork()
+    if child == 0:
+        convert(release("llada"), folder / "out", max_shard_size="50KB")
+        os._exit(0)
+    os.waitpid(child, 0)
+    return time.perf_counter() - start
+
+
+def run(folder: Path, point: str, duration: float) -> dict:
     source, out = shutil.copytree(release("llada"), folder / "source"), folder / "out"
     shutil.copytree(release("illada"), out)  # to be overwritten
     old, before = contents(out), contents(source)
@@ -68,8 +80,8 @@ def run(folder: Path, point: str) -> dict:
         arm(point)
         convert(source, out, max_shard_size="50KB", overwrite=True)
         os._exit(0)
-    if point.endswith("ms"):
-        time.sleep(int(point.split()[0]) / 1000)
+    if point.endswith("%"):
+        time.sleep(duration * int(point.split()[0]) / 100)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     report = {
@@ -88,8 +100,8 @@ def run(folder: Path, point: str) -> dict:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    reports = {}
+    reports, duration = {}, seconds_of_a_run(folder / "unharmed")
     for point in KILL_POINTS:
         (folder / point).mkdir()
-        reports[point] = run(folder / point, point)
+        reports[point] = run(folder / point, point, duration)
     print(json.dumps(reports))

@@ -17,6 +17,7 @@ SENTENCE = "Tom has 3 pears and<[MASK]> cups. 3 + 4 = 7, so Tom has 7 things in 
 
 def run(capsys, monkeypatch, *arguments: str) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["illada", *arguments])
+    capsys.readouterr()  # what the test printed before is not the command's
     with pytest.raises(SystemExit) as stop:
         main()
     out, err = capsys.readouterr()
