@@ -113,7 +113,9 @@ def _denoise(
         "return_dict_in_generate": True,
         **settings,
     }
-    if sys.stdout.isatty() and not as_json if live is None else live:
+    if live is None:
+        live = sys.stdout.isatty() and not as_json
+    if live:
         eos_token_ids = model.generation_config.eos_token_ids
         with LiveDenoising(tokenizer, len(input_ids), eos_token_ids) as show:
             return model.generate(on_step=show, **call)

@@ -205,7 +205,8 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
             kwargs: fields of [`MaskedDiffusionGenerationConfig`] and arguments of `generate` for the filling.
 
         Raises:
-            ValueError: names the argument, its value and what is allowed, before the first forward pass.
+            ValueError: names the argument, its value and what is allowed, before the first forward pass; what only the
+                filling reads (`streamer`, `generator`, `tokenizer` ...) is checked when it begins.
         """
         check_revision(fraction, threshold, num_rounds, num_scoring_passes)
         for name in ("max_new_tokens", "max_length", "num_return_sequences", "return_dict_in_generate"):

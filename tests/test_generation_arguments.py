@@ -47,6 +47,7 @@ BAD_FIELDS = {
     # output
     "do_sample": NOT_FLAGS,
     "output_trace": NOT_FLAGS,
+    "defer_eos": NOT_FLAGS,
     "return_dict_in_generate": NOT_FLAGS,
     "num_return_sequences": (*NOT_LENGTHS, 2),  # 2 because a greedy call has one answer
     "stop_strings": (5, "", [], [""], ["a", 5]),

@@ -1,6 +1,6 @@
 """Trains the embedded model from scratch: `python -m illada.training.tiny OUTPUT`.
 
-About two hours on two CPU cores, minutes on a GPU. The loop is the standard `transformers.Trainer`; the model, its
+About 80 minutes on one CPU core. The loop is the standard `transformers.Trainer`; the model, its
 tokenizer and its generation config are saved to OUTPUT, the checkpoints on the way to OUTPUT/checkpoints. The learning
 rate is constant up to the last 4,000 steps, so that a run that was stopped before them can go on (`--resume`) to
 another `--max-steps`, with the result of an uninterrupted one.
