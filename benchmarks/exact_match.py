@@ -29,9 +29,13 @@ def prompt_ids(tokenizer, example: Example) -> list[int]:
 
 def evaluate_family(model, tokenizer, family: str, count: int, batch_size: int, **settings) -> dict[str, float]:
     """Share of right answers and mean tokens per forward over `count` held-out examples."""
-    examples = held_out_examples(family, count)
+    return evaluate_examples(model, tokenizer, held_out_examples(family, count), batch_size, **settings)
+
+
+def evaluate_examples(model, tokenizer, examples: list[Example], batch_size: int, **settings) -> dict[str, float]:
+    """Share of right answers and mean tokens per forward over examples of one family."""
     correct, tokens_per_forward = 0, 0.0
-    for start in range(0, count, batch_size):
+    for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
         inputs = tokenizer.pad({"input_ids": [prompt_ids(tokenizer, e) for e in batch]}, return_tensors="pt")
         length = 0 if not batch[0].prompt else inputs["input_ids"].shape[1]
@@ -40,7 +44,7 @@ def evaluate_family(model, tokenizer, family: str, count: int, batch_size: int, 
         texts = tokenizer.batch_decode(output.sequences[:, length:], skip_special_tokens=True)
         correct += sum(example.is_correct(text) for example, text in zip(batch, texts))
         tokens_per_forward += output.tokens_per_forward.sum().item()
-    return {"exact_match": correct / count, "tokens_per_forward": tokens_per_forward / count}
+    return {"exact_match": correct / len(examples), "tokens_per_forward": tokens_per_forward / len(examples)}
 
 
 def markdown_table(model, tokenizer, count: int, batch_size: int) -> Iterator[str]:

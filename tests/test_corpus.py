@@ -2,11 +2,12 @@
 
 import itertools
 import random
+import re
 from collections import Counter
 
 import pytest
 
-from illada.training.corpus import FAMILIES, LARGEST_NUMBER, held_out_examples, training_examples
+from illada.training.corpus import DIFFICULTIES, FAMILIES, held_out_examples, training_examples
 from illada.training.data import CorpusWindows, encode, windows
 from illada.training.tokenizer import train_tokenizer
 
@@ -23,17 +24,37 @@ def solve_word_problem(prompt: str) -> int:
     for change in changes:
         number = int(next(word.strip(".") for word in change.split() if word.strip(".").isdigit()))
         amount += number if "more" in change else -number
-        assert 0 <= amount <= LARGEST_NUMBER
     return amount
 
 
-def test_answers_are_right():
-    for example in held_out_examples("word_problem", 300):
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_answers_are_right(difficulty):
+    for example in held_out_examples("word_problem", 200, difficulty=difficulty):
         assert example.text.endswith(f"The answer is {solve_word_problem(example.prompt)}.")
-    for example in held_out_examples("reverse", 100):
-        assert example.text.split()[1:] == example.prompt.split()[:2:-1]
-    for example in held_out_examples("sort", 100):
-        assert example.text.split()[1:] == sorted(example.prompt.split()[3:], key=int)
+    for example in held_out_examples("ordering", 100, difficulty=difficulty):
+        names = example.prompt.split(".")[0].split()[2:]
+        assert example.text.split()[3:] == (names if "front" in example.prompt else names[::-1])
+    for example in held_out_examples("list_operation", 100, difficulty=difficulty):
+        numbers, result = (
+            [int(word) for word in text.split(":")[1].split()] for text in (example.prompt, example.text)
+        )
+        numbers.sort(reverse=example.prompt.startswith(("Desc", "Largest")))
+        assert result == (numbers if "scending" in example.prompt else numbers[:1])
+
+
+def test_difficulties_ask_for_more_and_more():
+    """Each level's examples are longer, or have more blanks, than those of the level before; numbers stay in range."""
+
+    def size(example):
+        return sum(end - start for start, end in example.blanks)
+
+    for family in FAMILIES:
+        levels = [held_out_examples(family, 40, difficulty=difficulty) for difficulty in DIFFICULTIES]
+        sizes = [sum(map(size, examples)) for examples in levels]
+        assert sizes == sorted(set(sizes)), family
+        for difficulty, examples in zip(DIFFICULTIES.values(), levels):
+            numbers = [int(number) for example in examples for number in re.findall(r"\d+", example.text)]
+            assert max(numbers, default=0) <= difficulty.largest_number or family == "grid"
 
 
 def test_reasoning_steps_are_right():
@@ -63,13 +84,16 @@ def test_a_grid_is_accepted_only_with_the_given_cells():
     assert all(not example.is_correct(other) for other in solved - {example.text})
 
 
-def test_training_never_holds_a_held_out_example():
-    held_out = {(e.prompt, e.text) for family in FAMILIES for e in held_out_examples(family, 200)}
-    assert len(held_out) > 600
-    trained = {(e.prompt, e.text) for e in itertools.islice(training_examples(seed=0), 30_000)}
-    assert not held_out & trained
-    held_out_grids = {text for _, text in held_out if text.startswith("Grid")}
-    assert not held_out_grids & {text for _, text in trained}
+def test_the_splits_never_meet():
+    """No prompt (and no grid) of the test or the validation split is in the training stream, nor in the other split."""
+    contents = {
+        split: {e.content for family in FAMILIES for e in held_out_examples(family, 200, split=split)}
+        for split in ("test", "validation")
+    }
+    assert min(map(len, contents.values())) > 600
+    trained = {example.content for example in itertools.islice(training_examples(seed=0), 30_000)}
+    assert not contents["test"] & trained and not contents["validation"] & trained
+    assert not contents["test"] & contents["validation"]
 
 
 def test_shares_and_seeds():
@@ -95,7 +119,7 @@ def test_tokenizer_encodes_any_text_and_every_corpus_word_in_one_token(tokenizer
 
 
 def test_encoding_ends_with_one_eos_behind_the_answer(tokenizer):
-    example = held_out_examples("reverse", 1)[0]
+    example = held_out_examples("ordering", 1)[0]
     [(ids, prompt_length)] = encode(tokenizer, [example])
     assert tokenizer.decode(ids[prompt_length:-1]) == example.text
     assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[prompt_length:-1]

@@ -5,7 +5,7 @@ import zlib
 
 from datasets import Dataset
 
-from ..training.corpus import LARGEST_NUMBER, Example, held_out_examples
+from ..training.corpus import DIFFICULTIES, Example, held_out_examples
 from ..training.tokenizer import SPECIAL_TOKENS
 
 MASK_TOKEN = SPECIAL_TOKENS[-1]
@@ -47,7 +47,8 @@ def _mask_blanks(example: Example) -> str:
 
 def _choices(text: str) -> dict:
     answer = int(re.search(r"(\d+)\.$", text)[1])
-    wrong = [number for number in range(answer - 3, answer + 4) if 0 <= number <= LARGEST_NUMBER and number != answer]
+    largest = DIFFICULTIES["easy"].largest_number
+    wrong = [number for number in range(answer - 3, answer + 4) if 0 <= number <= largest and number != answer]
     gold = zlib.crc32(text.encode()) % 4
     answers = wrong[:gold] + [answer] + wrong[gold:3]
     choices = [re.sub(r"\d+(\. The answer is )\d+\.$", rf"{number}\g<1>{number}.", text) for number in answers]

@@ -1,7 +1,7 @@
 """The text that the embedded model learns: five families of examples whose answers a program can check.
 
-Everything is drawn from a seeded `random.Random`. Whether an example belongs to training or to the held-out test is a
-function of its content alone, so the two never meet, whatever the seeds.
+Everything is drawn from a seeded `random.Random`, each split from seeds of its own. Whether an example belongs to
+training, validation or test is besides a function of its content alone, so the splits never meet, whatever the seeds.
 """
 
 import functools
@@ -29,11 +29,41 @@ NAMES = {
 ITEMS = ("apples", "pears", "books", "coins", "cards", "shells", "stones", "pens", "cups", "nuts", "eggs", "cakes")
 GAINS = ("buys", "finds", "gets", "picks")
 LOSSES = ("sells", "loses", "gives away", "breaks")
-WORDS = tuple(
-    "red blue green black white pink sun moon star rain snow wind dog cat bird fish horse cow tree leaf rose "
-    "lake hill sand desk lamp door roof bread milk salt cake".split()
-)
-LARGEST_NUMBER = 20
+LIST_OPERATIONS: dict[str, Callable[[list[int]], list[int]]] = {
+    "ascending": sorted,
+    "descending": lambda numbers: sorted(numbers, reverse=True),
+    "largest": lambda numbers: [max(numbers)],
+    "smallest": lambda numbers: [min(numbers)],
+}
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """What makes examples harder; each range is (least, most), both included.
+
+    Attributes:
+        steps: gains and losses in a word problem.
+        largest_number: of word problems and lists; the terms of a sentence reach half of it.
+        list_length: numbers in a list.
+        queue_length: names in an ordering.
+        grid_blanks: cells blanked in a grid of 16.
+        sentence_blanks: blanks in a sentence.
+    """
+
+    steps: tuple[int, int]
+    largest_number: int
+    list_length: tuple[int, int]
+    queue_length: tuple[int, int]
+    grid_blanks: tuple[int, int]
+    sentence_blanks: tuple[int, int]
+
+
+DIFFICULTIES = {
+    "easy": Difficulty((1, 2), 20, (3, 4), (3, 4), (4, 10), (1, 2)),
+    "medium": Difficulty((2, 3), 50, (5, 6), (5, 7), (8, 11), (2, 3)),
+    "hard": Difficulty((3, 5), 99, (7, 9), (8, 12), (10, 12), (3, 4)),
+}
+"""The levels by name; the embedded model is trained and tested on `"easy"`."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +83,14 @@ class Example:
     blanks: tuple[tuple[int, int], ...]
 
     @property
-    def held_out(self) -> bool:
-        """True for one example in 16, by content: such an example is never trained on."""
-        key = self.text if self.family == "grid" else self.prompt or self.text
-        return zlib.crc32(key.encode()) % 16 == 0
+    def content(self) -> str:
+        """What two examples share if one gives the other away: the question, or the whole of a document."""
+        return self.prompt or self.text
+
+    @property
+    def split(self) -> str:
+        """`"test"` or `"validation"` for one example in 16 each, by content, `"train"` for the others."""
+        return {0: "test", 1: "validation"}.get(zlib.crc32(self.content.encode()) % 16, "train")
 
     def is_correct(self, text: str) -> bool:
         """Whether `text`, produced in place of `self.text`, is right.
@@ -88,14 +122,15 @@ def _answer(family: str, prompt: str, text: str) -> Example:
     return Example(family, prompt, text, blanks=((0, len(text)),))
 
 
-def word_problem(rng: random.Random) -> Example:
-    """One or two gains and losses, worked out step by step; all numbers stay in [0, LARGEST_NUMBER]."""
+def word_problem(rng: random.Random, difficulty: Difficulty) -> Example:
+    """Gains and losses, worked out step by step; all numbers stay in [0, largest_number]."""
+    largest = difficulty.largest_number
     name, item = rng.choice(list(NAMES)), rng.choice(ITEMS)
-    amount = rng.randint(1, 15)
+    amount = rng.randint(1, largest * 3 // 4)
     sentences, reasoning = [f"{name} has {amount} {item}."], []
-    for _ in range(rng.randint(1, 2)):
-        change = rng.randint(1, 9)
-        gain = amount + change <= LARGEST_NUMBER and (amount < change or rng.random() < 0.5)
+    for _ in range(rng.randint(*difficulty.steps)):
+        change = rng.randint(1, largest // 2 - 1)
+        gain = amount + change <= largest and (amount < change or rng.random() < 0.5)
         result = amount + change if gain else amount - change
         verb = rng.choice(GAINS if gain else LOSSES)
         sentences.append(f"{NAMES[name]} {verb} {change}" + (" more." if gain else "."))
@@ -105,26 +140,32 @@ def word_problem(rng: random.Random) -> Example:
     return _answer("word_problem", " ".join(sentences), " ".join(reasoning) + f" The answer is {amount}.")
 
 
-def reverse(rng: random.Random) -> Example:
-    """A list of three to five words, to be written backwards."""
-    words = rng.sample(WORDS, rng.randint(3, 5))
-    return _answer("reverse", f"Reverse the list: {' '.join(words)}", f"Reversed: {' '.join(reversed(words))}")
+def list_operation(rng: random.Random, difficulty: Difficulty) -> Example:
+    """Different numbers, and one of [`LIST_OPERATIONS`] asked of them."""
+    numbers = rng.sample(range(difficulty.largest_number + 1), rng.randint(*difficulty.list_length))
+    operation, function = rng.choice(list(LIST_OPERATIONS.items()))
+    listed, result = (" ".join(map(str, values)) for values in (numbers, function(numbers)))
+    return _answer("list_operation", f"{operation.capitalize()} of: {listed}", f"{operation.capitalize()}: {result}")
 
 
-def sort(rng: random.Random) -> Example:
-    """Three or four different numbers, to be written in ascending order."""
-    numbers = rng.sample(range(LARGEST_NUMBER + 1), rng.randint(3, 4))
-    listed, ordered = (" ".join(map(str, values)) for values in (numbers, sorted(numbers)))
-    return _answer("sort", f"Sort the numbers: {listed}", f"Sorted: {ordered}")
+def ordering(rng: random.Random, difficulty: Difficulty) -> Example:
+    """Names in a line, asked for from the front or, reversed, from the back."""
+    line = rng.sample(list(NAMES), rng.randint(*difficulty.queue_length))
+    end, asked = rng.choice((("front", line), ("back", line[::-1])))
+    return _answer("ordering", f"In line: {' '.join(line)}. From the {end}?", f"From the {end}: {' '.join(asked)}")
 
 
-def sentence(rng: random.Random) -> Example:
-    """A document with one or two numbers or a name blanked in its middle, each of which follows from the rest."""
+def sentence(rng: random.Random, difficulty: Difficulty) -> Example:
+    """A document with numbers or a name blanked in its middle, each of which follows from the rest."""
     name, (first, second) = rng.choice(list(NAMES)), rng.sample(ITEMS, 2)
-    a, b = rng.randint(1, 10), rng.randint(1, 10)
+    a, b = (rng.randint(1, difficulty.largest_number // 2) for _ in range(2))
     parts = [name, " has", f" {a}", f" {first} and", f" {b}", f" {second}.", f" {a}", " +", f" {b}", " =", f" {a + b}"]
     parts += [", so", f" {name}", " has", f" {a + b}", " things in all."]
-    hidden = rng.choice([(2,), (4,), (6,), (8,), (10,), (12,), (14,), (2, 6), (4, 8), (10, 14)])
+    mentions = {2: "a", 6: "a", 4: "b", 8: "b", 10: "sum", 14: "sum"}
+    while True:
+        hidden = sorted(rng.sample([*mentions, 12], rng.randint(*difficulty.sentence_blanks)))
+        if len({quantity for part, quantity in mentions.items() if part not in hidden}) >= 2:
+            break
     starts = list(itertools.accumulate(map(len, parts), initial=0))
     return Example("sentence", "", "".join(parts), tuple((starts[i], starts[i + 1]) for i in hidden))
 
@@ -158,43 +199,49 @@ def _has_one_solution(text: str, blanks: tuple[tuple[int, int], ...]) -> bool:
     return sum(all(grid[i] == text[i] for i in given) for grid in _all_grids()) == 1
 
 
-def grid(rng: random.Random) -> Example:
-    """A 4x4 grid with four to ten cells blanked, anywhere, so that exactly one solution remains."""
+def grid(rng: random.Random, difficulty: Difficulty) -> Example:
+    """A 4x4 grid with cells blanked, anywhere, so that exactly one solution remains."""
     text = rng.choice(_all_grids())
     cells = [i - 1 for i, c in enumerate(text) if c.isdigit()]  # a cell and the space before it
     while True:
-        blanks = tuple((i, i + 2) for i in sorted(rng.sample(cells, rng.randint(4, 10))))
+        blanks = tuple((i, i + 2) for i in sorted(rng.sample(cells, rng.randint(*difficulty.grid_blanks))))
         if _has_one_solution(text, blanks):
             return Example("grid", "", text, blanks)
 
 
-FAMILIES: dict[str, tuple[Callable[[random.Random], Example], float]] = {
-    "word_problem": (word_problem, 0.40),
-    "reverse": (reverse, 0.15),
-    "sort": (sort, 0.15),
+FAMILIES: dict[str, tuple[Callable[[random.Random, Difficulty], Example], float]] = {
+    "word_problem": (word_problem, 0.30),
+    "list_operation": (list_operation, 0.15),
+    "ordering": (ordering, 0.25),
     "sentence": (sentence, 0.15),
     "grid": (grid, 0.15),
 }
 """Generator and share of the training text of each family."""
 
 
-def training_examples(seed: int) -> Iterator[Example]:
+def training_examples(seed: int, difficulty: str = "easy") -> Iterator[Example]:
     """An endless stream of training examples in the shares of [`FAMILIES`], the same for the same seed."""
-    rng = random.Random(seed)
+    rng = random.Random(f"train-{seed}")
     generators, shares = zip(*FAMILIES.values())
     while True:
-        example = rng.choices(generators, shares)[0](rng)
-        if not example.held_out:
+        example = rng.choices(generators, shares)[0](rng, DIFFICULTIES[difficulty])
+        if example.split == "train":
             yield example
 
 
-def held_out_examples(family: str, count: int, seed: int = 0) -> list[Example]:
-    """`count` different held-out examples of a family, the same for the same seed."""
-    rng = random.Random(f"{family}-{seed}")
+def held_out_examples(
+    family: str, count: int, seed: int = 0, *, split: str = "test", difficulty: str = "easy"
+) -> list[Example]:
+    """`count` different examples of a family that are never trained on, the same for the same seed.
+
+    Args:
+        split: `"test"`, or `"validation"` for choices made while training.
+    """
+    rng = random.Random(f"{split}-{family}-{seed}")
     generator, _ = FAMILIES[family]
     examples: dict[Example, None] = {}
     while len(examples) < count:
-        example = generator(rng)
-        if example.held_out:
+        example = generator(rng, DIFFICULTIES[difficulty])
+        if example.split == split:
             examples[example] = None
     return list(examples)

@@ -21,10 +21,10 @@ from .tokenizer import train_tokenizer
 
 def main(
     output: Annotated[Path, typer.Argument(help="Folder for the model, made if absent.")],
-    max_steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 24_000,
+    max_steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 20_000,
     batch_size: Annotated[int, typer.Option(help="Windows in a step.")] = 16,
     window_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 64,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Seed of weights, text and noise.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT.")] = False,
 ):
@@ -40,7 +40,7 @@ def main(
         num_key_value_heads=2,
         max_position_embeddings=512,
         initializer_range=0.056,  # sqrt(2 / (5 * hidden_size)), iLLaDA's own scaling
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
     )
     model = ILLaDAForCausalLM(config)
     trainer = Trainer(
