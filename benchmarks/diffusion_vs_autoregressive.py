@@ -6,8 +6,8 @@
 
 Both read the same windows of the same tokenizer in the same number of steps, with the optimiser and the schedule of
 the embedded model's recipe; further settings of the recipe can be given as `name=value`. With `--examples` the corpus
-is limited to its first examples, read again, in another order, in every epoch. The autoregressive model learns the next
-token at every place. It has no [MASK]: it fills a blank from what stands to its left, which is all that it can read.
+is limited to its first examples, read again, in another order, in every epoch. The autoregressive model learns the
+next token at every place. It has no [MASK]: it fills a blank from what stands to its left, all that it can read.
 """
 
 import itertools
@@ -66,7 +66,8 @@ def train(
     examples: Annotated[int | None, typer.Option(help="Size of the limited corpus; endless if absent.")] = None,
 ):
     """Train one of the two models by the embedded model's recipe."""
-    model_settings, data, arguments = read_settings("illada-tiny", [f"output_dir={output}/checkpoints", *settings or ()])
+    overrides = [f"output_dir={output}/checkpoints", *(settings or ())]
+    model_settings, data, arguments = read_settings("illada-tiny", overrides)
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(model_settings)
     text = (

@@ -85,7 +85,7 @@ def test_a_grid_is_accepted_only_with_the_given_cells():
 
 
 def test_the_splits_never_meet():
-    """No prompt (and no grid) of the test or the validation split is in the training stream, nor in the other split."""
+    """No prompt or document of the test or the validation split is in the training stream, nor in the other."""
     contents = {
         split: {e.content for family in FAMILIES for e in held_out_examples(family, 200, split=split)}
         for split in ("test", "validation")
