@@ -9,8 +9,12 @@ in turn within each round, and each figure is the median over the rounds:
 
 One pair at a time is timed on a sample of the pairs that is spread evenly over the lengths, and the rate is scaled by
 the forwards that the rest would take; `--sampled 256` times them all.
+
+GFLOP/s counts the matrix products of the linear layers over real tokens, without padding and attention. Beside them
+stands what the same layers reach with nothing between them, at one sequence and at a batch: the ceiling.
 """
 
+import functools
 import json
 import platform
 import statistics
@@ -66,6 +70,26 @@ def released_confidence_score(model, context: list[int], candidate: list[int]) -
     return score
 
 
+def trunk_layers(model) -> list[torch.nn.Linear]:
+    return [module for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
+
+
+def operations(model, num_tokens: int, num_logits: int) -> int:
+    """Floating-point operations of the linear layers: tokens pass the trunk, and some of them the head."""
+    trunk = sum(layer.weight.numel() for layer in trunk_layers(model))
+    return 2 * (trunk * num_tokens + model.lm_head.weight.numel() * num_logits)
+
+
+@torch.no_grad()
+def run_trunk_layers(model, rows: int, width: int):
+    """All linear layers of the trunk, one after the other: no attention and nothing elementwise."""
+    inputs: dict[int, torch.Tensor] = {}
+    for layer in trunk_layers(model):
+        if layer.in_features not in inputs:
+            inputs[layer.in_features] = layer.weight.new_ones(rows, width, layer.in_features)
+        layer(inputs[layer.in_features])
+
+
 def seconds(run: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -92,8 +116,22 @@ def main(
         model = ILLaDAForCausalLM(ILLaDAConfig(**SHAPES[shape])).to(getattr(torch, dtype)).eval()
     pairs = make_pairs(items, model.config.vocab_size)
     by_length = sorted(pairs, key=lambda pair: len(pair[1]))
-    sample = by_length[:: max(1, len(pairs) // sampled)]
+    stride = max(1, len(pairs) // sampled)
+    sample = by_length[stride // 2 :: stride]
     work = sum(len(candidate) for _, candidate in pairs) / sum(len(candidate) for _, candidate in sample)
+
+    # A candidate of L tokens in a canvas of T takes L forwards with L, L - 1, ... 1 masks; or 4 with (L + 1) / 2 on
+    # average.
+    lengths = [(len(candidate), len(context) + len(candidate)) for context, candidate in pairs]
+    num_operations = {
+        "confidence score": operations(
+            model, sum(length * width for length, width in lengths), sum(n * (n + 1) // 2 for n, _ in lengths)
+        ),
+        "likelihood of 4 masks": operations(
+            model, sum(4 * width for _, width in lengths), sum(2 * (length + 1) for length, _ in lengths)
+        ),
+    }
+    mean_width = sum(length * width for length, width in lengths) // sum(length for length, _ in lengths)
 
     def likelihoods(pairs, batch_size):
         return monte_carlo_log_likelihood(model, pairs, num_samples=4, sampling="stratified", batch_size=batch_size)
@@ -108,20 +146,31 @@ def main(
             len(pairs) / len(sample),
         ),
     }
-    confidence_score(model, pairs[:batch_size], batch_size=batch_size)  # warm up
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    layers = {f"{rows} x {mean_width} tokens": rows for rows in (1, batch_size)}
+    likelihoods(pairs[:batch_size], batch_size)  # warm up
+    times: dict[str, list[float]] = {name: [] for name in [*ways, *layers]}
     for _ in range(rounds):
         for name, (run, scale) in ways.items():
             times[name].append(seconds(run) * scale)
+        for name, rows in layers.items():
+            run = functools.partial(run_trunk_layers, model, rows, mean_width)
+            times[name] += [seconds(run) for _ in range(5)]
 
-    rates = {name: len(pairs) / statistics.median(values) for name, values in times.items()}
-    rows = {
-        name: {"pairs_per_second": rate, "ratio": rate / rates[name.rpartition(",")[0] + ", one at a time"]}
-        for name, rate in rates.items()
-    }
-    print("| score | pairs/s | times one at a time |\n| --- | --- | --- |")
-    for name, row in rows.items():
-        print(f"| {name} | {row['pairs_per_second']:.2f} | {row['ratio']:.2f} |")
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    table = {}
+    for name in ways:
+        score = name.rpartition(",")[0]
+        table[name] = {
+            "pairs_per_second": len(pairs) / medians[name],
+            "gflops": num_operations[score] / medians[name] / 1e9,
+            "ratio": medians[f"{score}, one at a time"] / medians[name],
+        }
+    ceilings = {name: operations(model, rows * mean_width, 0) / medians[name] / 1e9 for name, rows in layers.items()}
+    print("| score | pairs/s | GFLOP/s | times one at a time |\n| --- | --- | --- | --- |")
+    for name, row in table.items():
+        print(f"| {name} | {row['pairs_per_second']:.2f} | {row['gflops']:.0f} | {row['ratio']:.2f} |")
+    for name, gflops in ceilings.items():
+        print(f"| linear layers alone, {name} | | {gflops:.0f} | |")
     if output is not None:
         device_name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
         setting = {
@@ -134,7 +183,8 @@ def main(
             "device": f"{device}, {device_name}, {platform.machine()}",
             "torch": torch.__version__,
         }
-        output.write_text(json.dumps({"setting": setting, "results": rows}, indent=2) + "\n")
+        figures = {"setting": setting, "results": table, "linear_layers_gflops": ceilings}
+        output.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

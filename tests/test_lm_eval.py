@@ -255,7 +255,7 @@ def test_cached_requests_are_not_scored_again_and_a_cut_off_run_resumes(monkeypa
         return original(self, pairs)
 
     monkeypatch.setattr(MaskedDiffusionLM, "_score_pairs", recorded)
-    settings = {"chat": True, "use_cache": str(tmp_path / "cache")}
+    settings = {"chat": True, "batch_size": 1, "use_cache": str(tmp_path / "cache")}  # 4 batches are cached together
     with pytest.raises(KeyboardInterrupt):
         run_harness(["illada_choice"], {"score": "confidence"}, **settings)
     assert scored == [4, 4]
@@ -328,6 +328,10 @@ def test_bos_and_eos_are_put_where_asked_for_and_once(model, tokenizer):
     assert lm.loglikelihood([request("loglikelihood", "Tom has 3", " apples")])[0][0] == pytest.approx(
         expected, abs=1e-4
     )
+    long = context * 200  # cut on its left, after BOS
+    kept = long[len(long) - (lm.max_length - len(continuation) - 2) :]
+    for ids in (long, [tokenizer.bos_token_id, *long]):
+        assert lm._fit(("", ""), ids, continuation) == ([tokenizer.bos_token_id, *kept], continuation)
 
 
 def test_an_empty_context_is_the_prefix_token(model, tokenizer, harness_model):

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 Score = Literal["likelihood", "confidence"]
 END_OF_THINKING = "</think>"
+CHUNK_BATCHES = 4  # requests scored between two writes to the cache, in batches: several keep every batch full
 
 LOADING_ARGUMENTS = frozenset(
     "attn_implementation cache_dir device_map distributed_config local_files_only quantization_config token "
@@ -132,7 +133,7 @@ class MaskedDiffusionLM(HFLM):
             raise ValueError(f"The continuation {texts[1]!r} has no tokens besides those of its context.")
         bos = [self.tokenizer.bos_token_id] if self.add_bos_token else []
         if context[:1] == bos:
-            bos = []
+            context = context[1:]
         room = self.max_length - len(continuation) - len(bos) - self.append_eos
         if room < 0:
             raise ValueError(
@@ -190,12 +191,12 @@ class MaskedDiffusionLM(HFLM):
         return {"num_samples": self.num_samples, "sampling": self.sampling, "generator": generator}
 
     def _chunks(self, lengths: list[int], disable_tqdm: bool) -> Iterator[list[int]]:
-        """Indices of requests, longest first, a batch at a time, so that what is scored can be cached on the way."""
+        """Indices of requests, longest first, some batches at a time, so that results can be cached on the way."""
         if self.batch_size == "auto" and lengths:
             self.batch_sizes = {0: self._detect_batch_size([(None, [], [0] * (max(lengths) + 1))])}
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         with tqdm(total=len(order), desc="Scoring requests", disable=disable_tqdm or self.rank != 0) as progress:
-            for first in range(0, len(order), size := self._rows_per_forward()):
+            for first in range(0, len(order), size := CHUNK_BATCHES * self._rows_per_forward()):
                 yield order[first : first + size]
                 progress.update(len(order[first : first + size]))
 
