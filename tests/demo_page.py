@@ -150,7 +150,8 @@ class Visitor:
               window.seen.push({state: canvas.dataset.state, masked: count(".mask"), committed: count(".committed"),
                                 passes: +document.querySelector("#passes").textContent});
             });
-            window.observer.observe(document.body, {subtree: true, childList: true});
+            const changes = {subtree: true, childList: true, attributes: true, characterData: true};
+            window.observer.observe(document.body, changes);
             """
         )
         start()

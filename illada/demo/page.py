@@ -20,7 +20,7 @@ from .playing import LiveTokens, hide_after, steps_and_output
 
 __all__ = ["CSS", "THEME", "build_page"]
 
-THEME = gr.themes.Soft(
+THEME = gr.themes.Default(
     primary_hue="violet",
     secondary_hue="violet",
     neutral_hue="slate",
@@ -36,12 +36,13 @@ AS_PRESET = "as the preset"
 
 @contextmanager
 def _errors_on_the_page():
-    """Shows an error as one sentence on the page; the traceback of one that is not the visitor's goes to the log."""
+    """Shows an error as one sentence on the page; one that is not the visitor's also leaves a traceback in the log."""
     try:
         yield
+    except ValueError as error:
+        gr.Warning(html.escape(" ".join(str(error).split())), title="That does not work")
     except Exception as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        raise gr.Error(html.escape(message), print_exception=not isinstance(error, ValueError)) from error
+        raise gr.Error(html.escape(" ".join(str(error).split()) or type(error).__name__)) from error
 
 
 class Settings:
@@ -51,19 +52,24 @@ class Settings:
         own = model.generation_config
         positions = model.config.max_position_embeddings
         self.device = model.device
-        self.preset = gr.Radio(list(PRESETS), value="exact", label="Preset", info="What is set below overrides it.")
-        self.rule = gr.Dropdown([AS_PRESET, *PARALLEL_RULES], label="Rule to commit several tokens in a pass")
-        self.rule_value = gr.Slider(0, 1, 0.9, step=0.01, label="Value of the rule", elem_id="rule-value")
-        self.steps = gr.Slider(0, 128, 0, step=1, label="Steps per block (0: as the preset)", elem_id="steps")
-        self.block_length = gr.Slider(1, 128, own.block_length or 32, step=1, label="Block length, in tokens")
-        self.remasking = gr.Dropdown(list(RANKINGS), label="Ranking of the masked positions (remasking)")
-        self.temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)")
-        self.seed = gr.Number(0, precision=0, label="Seed")
-        self.pause = gr.Slider(0, 1, 0.1, step=0.05, label="Pause after each pass, in seconds", elem_id="pause")
-        self.canvas = gr.Radio(list(CANVASES), value=own.canvas or model.default_canvas, label="Canvas of an answer")
-        self.max_new_tokens = gr.Slider(
-            1, positions, own.max_new_tokens or 128, step=1, label="Longest answer, in tokens", elem_id="budget"
-        )
+        with gr.Row():
+            self.preset = gr.Radio(list(PRESETS), value="exact", label="Preset, which the others override")
+            self.rule = gr.Dropdown([AS_PRESET, *PARALLEL_RULES], label="Rule to commit several a pass")
+            self.rule_value = gr.Slider(0, 1, 0.9, step=0.01, label="Value of the rule", elem_id="rule-value")
+            self.steps = gr.Slider(0, 128, 0, step=1, label="Steps per block (0: as the preset)", elem_id="steps")
+        with gr.Row():
+            self.canvas = gr.Radio(
+                list(CANVASES), value=own.canvas or model.default_canvas, label="Canvas of an answer"
+            )
+            self.remasking = gr.Dropdown(list(RANKINGS), label="Ranking (remasking)")
+            self.block_length = gr.Slider(1, 128, own.block_length or 32, step=1, label="Block length, in tokens")
+            self.max_new_tokens = gr.Slider(
+                1, positions, own.max_new_tokens or 128, step=1, label="Longest answer, in tokens", elem_id="budget"
+            )
+        with gr.Row():
+            self.seed = gr.Number(0, precision=0, label="Seed")
+            self.temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)")
+            self.pause = gr.Slider(0, 1, 0.1, step=0.05, label="Pause after each pass, in seconds", elem_id="pause")
         self.rule.input(self._rule_slider, self.rule, self.rule_value)
 
     @staticmethod
@@ -103,17 +109,17 @@ class Page:
         with gr.Blocks(title="illada", analytics_enabled=False) as self.blocks:
             gr.HTML(_header(model, name, is_embedded))
             with gr.Row():
-                with gr.Column(scale=5):
-                    with gr.Tabs():
-                        with gr.Tab("Chat"):
-                            self._build_chat(is_embedded)
-                        with gr.Tab("Fill in the blanks"):
-                            self._build_filling(is_embedded)
-                        with gr.Tab("Revise"):
-                            self._build_revision(is_embedded)
+                with gr.Column(min_width=400), gr.Tabs():
+                    with gr.Tab("Chat"):
+                        self._build_chat(is_embedded)
+                    with gr.Tab("Fill in the blanks"):
+                        self._build_filling(is_embedded)
+                    with gr.Tab("Revise"):
+                        self._build_revision(is_embedded)
+                with gr.Column(min_width=400):
                     self._build_player()
-                with gr.Column(scale=2, min_width=280), gr.Group():
-                    self.settings = Settings(model)
+            with gr.Accordion("Settings of the denoising"):
+                self.settings = Settings(model)
             if is_embedded:
                 with gr.Accordion("What the embedded model can do, measured", open=False):
                     gr.Markdown(examples.measured_accuracy())
@@ -122,7 +128,7 @@ class Page:
 
     def _build_chat(self, is_embedded: bool):
         self.chatbot = gr.Chatbot(
-            height=230, show_label=False, render_markdown=False, feedback_options=None, elem_id="chatbot"
+            height=200, show_label=False, render_markdown=False, feedback_options=None, buttons=[], elem_id="chatbot"
         )
         self.conversation = gr.State([])
         self.message = gr.Textbox(show_label=False, placeholder="Type a message", submit_btn=True, elem_id="message")
@@ -154,10 +160,10 @@ class Page:
         )
         with gr.Row():
             self.threshold = gr.Slider(
-                0, 1, 0.02, step=0.01, label="Write anew every token less likely than", elem_id="revise-threshold"
+                0, 1, 0.02, step=0.01, label="Rewrite what is less likely than", elem_id="revise-threshold"
             )
             self.rounds = gr.Slider(1, 5, 1, step=1, label="Rounds")
-            self.revise = gr.Button("Revise", variant="primary", elem_id="revise")
+        self.revise = gr.Button("Revise", variant="primary", elem_id="revise")
         self.revised_text = gr.Textbox(label="Revised", interactive=False, buttons=["copy"], elem_id="revised-text")
         if is_embedded:
             gr.Examples(texts, self.finished_text, label="Texts that training never saw, with one number made wrong")
@@ -165,7 +171,9 @@ class Page:
     def _build_player(self):
         self.picture = gr.HTML(denoising_html([], 0, 0))
         with gr.Row(equal_height=True):
-            self.step = gr.Slider(0, 1, 0, step=1, label="Forward pass", elem_id="forward-pass", scale=4)
+            self.step = gr.Slider(
+                0, 1, 0, step=1, label="Forward pass", elem_id="forward-pass", scale=3, min_width=200
+            )
             self.again = gr.Button("Play again", elem_id="again", min_width=80)
             self.stop = gr.Button("Stop", elem_id="stop", min_width=80)
         self.record = gr.State(([], 0))  # the last text's tokens, and its number of forward passes
@@ -302,6 +310,7 @@ class Page:
             count = len(self.tokenizer.tokenize(text[start:end].rstrip()))
             space = " " * (len(passage) - len(passage.rstrip()))
             return f"{text[:start]}<[MASK]*{count}>{space}{text[end:]}"
+        return text
 
 
 def _nothing_more(tokens: list[dict]) -> dict:

@@ -4,6 +4,7 @@ import html
 
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: auto; }
+.html-container { padding: 0 !important; }
 .header h1 { font-size: 1.7rem; font-weight: 700; margin: 0; }
 .header p { margin: .2rem 0 .4rem; line-height: 1.5; }
 .figures { display: flex; gap: .6rem; margin-bottom: .6rem; }
@@ -18,7 +19,7 @@ CSS = """
   border-radius: 4px; margin: 0 1px; }
 .token.committed { color: #1e1b2e; padding: 0 3px; border-bottom: 4px solid var(--step);
   border-radius: 4px 4px 0 0; }
-.token.committed::after { content: attr(data-step); position: absolute; top: 100%; left: 0; right: 0; margin-top: 4px;
+.token.committed::after { content: attr(data-step); position: absolute; top: 100%; left: 0; right: 0; margin-top: 6px;
   text-align: center; font-size: .62rem; line-height: 1.1; color: var(--body-text-color-subdued); }
 .token.new { outline: 2px solid #6d28d9; outline-offset: 1px; }
 .token.given[style] { color: #1e1b2e; }
