@@ -65,9 +65,10 @@ def lane(title: str, tokens: list[dict], passes: int, top: float) -> tuple[list[
     for token in tokens:
         text = token["text"].strip()
         width = CHARACTER * len(text)
-        x += CHARACTER * token["text"].startswith(" ")
+        gap = 4 * bool(token["step"])  # around the colour
+        x += CHARACTER * token["text"].startswith(" ") + gap
         if x + width > WIDTH - MARGIN:
-            x, y = float(MARGIN), y + LINE
+            x, y = MARGIN + float(gap), y + LINE
         label = f'<text x="{x:.1f}" y="{y}" textLength="{width:.1f}">{escape(text)}</text>'
         if token["step"]:
             box = f'x="{x - 2:.1f}" width="{width + 4:.1f}"'
@@ -80,7 +81,7 @@ def lane(title: str, tokens: list[dict], passes: int, top: float) -> tuple[list[
             )
         else:
             parts.append(label)
-        x += width + 7 * bool(token["step"])
+        x += width + gap
     return parts, y + 64
 
 
@@ -144,9 +145,10 @@ def demo_png() -> bytes:
             visitor.run(lambda: visitor.type("#message textarea", question, "\ue007"))  # Enter
             visitor.type("#forward-pass input[type=number]", str(passes * 2 // 3), "\ue004")  # Tab
             visitor.wait(lambda: len(visitor.driver.find_elements("css selector", "#canvas .mask")) > 2, "no masks")
+            visitor.driver.execute_script("document.activeElement.blur()")
             png = visitor.driver.get_screenshot_as_png()
     picture = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(160).save(picture, "PNG", optimize=True)
+    Image.open(io.BytesIO(png)).convert("RGB").save(picture, "PNG", optimize=True)
     return picture.getvalue()
 
 

@@ -89,6 +89,7 @@ class Visitor:
         for argument in (
             "--headless=new",
             "--no-sandbox",
+            "--hide-scrollbars",
             "--disable-dev-shm-usage",
             "--force-device-scale-factor=1.5",
             "--window-size={},{}".format(*self.size),

@@ -49,28 +49,32 @@ class Settings:
     """The controls of the denoising, and the arguments of `generate` that they stand for."""
 
     def __init__(self, model):
-        own = model.generation_config
-        positions = model.config.max_position_embeddings
+        """Places the controls of speed; `place_others` places the rest."""
         self.device = model.device
         with gr.Row():
             self.preset = gr.Radio(list(PRESETS), value="exact", label="Preset, which the others override")
-            self.rule = gr.Dropdown([AS_PRESET, *PARALLEL_RULES], label="Rule to commit several a pass")
+            self.pause = gr.Slider(0, 1, 0.1, step=0.05, label="Pause after a pass, in s", elem_id="pause")
+        with gr.Row():
+            self.rule = gr.Dropdown([AS_PRESET, *PARALLEL_RULES], label="Rule to commit several tokens in a pass")
             self.rule_value = gr.Slider(0, 1, 0.9, step=0.01, label="Value of the rule", elem_id="rule-value")
-            self.steps = gr.Slider(0, 128, 0, step=1, label="Steps per block (0: as the preset)", elem_id="steps")
+        self.steps = gr.Slider(0, 128, 0, step=1, label="Steps per block (0: as the preset)", elem_id="steps")
+        self.rule.input(self._rule_slider, self.rule, self.rule_value)
+
+    def place_others(self, model):
+        own = model.generation_config
+        positions = model.config.max_position_embeddings
         with gr.Row():
             self.canvas = gr.Radio(
                 list(CANVASES), value=own.canvas or model.default_canvas, label="Canvas of an answer"
             )
-            self.remasking = gr.Dropdown(list(RANKINGS), label="Ranking (remasking)")
+            self.remasking = gr.Dropdown(list(RANKINGS), label="Ranking of the masked positions")
+            self.seed = gr.Number(0, precision=0, label="Seed")
+        with gr.Row():
             self.block_length = gr.Slider(1, 128, own.block_length or 32, step=1, label="Block length, in tokens")
             self.max_new_tokens = gr.Slider(
                 1, positions, own.max_new_tokens or 128, step=1, label="Longest answer, in tokens", elem_id="budget"
             )
-        with gr.Row():
-            self.seed = gr.Number(0, precision=0, label="Seed")
             self.temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)")
-            self.pause = gr.Slider(0, 1, 0.1, step=0.05, label="Pause after each pass, in seconds", elem_id="pause")
-        self.rule.input(self._rule_slider, self.rule, self.rule_value)
 
     @staticmethod
     def _rule_slider(rule: str):
@@ -118,8 +122,9 @@ class Page:
                         self._build_revision(is_embedded)
                 with gr.Column(min_width=400):
                     self._build_player()
-            with gr.Accordion("Settings of the denoising"):
-                self.settings = Settings(model)
+                    self.settings = Settings(model)
+            with gr.Accordion("More settings", open=False):
+                self.settings.place_others(model)
             if is_embedded:
                 with gr.Accordion("What the embedded model can do, measured", open=False):
                     gr.Markdown(examples.measured_accuracy())
@@ -170,12 +175,10 @@ class Page:
 
     def _build_player(self):
         self.picture = gr.HTML(denoising_html([], 0, 0))
-        with gr.Row(equal_height=True):
-            self.step = gr.Slider(
-                0, 1, 0, step=1, label="Forward pass", elem_id="forward-pass", scale=3, min_width=200
-            )
-            self.again = gr.Button("Play again", elem_id="again", min_width=80)
-            self.stop = gr.Button("Stop", elem_id="stop", min_width=80)
+        self.step = gr.Slider(0, 1, 0, step=1, label="Forward pass", elem_id="forward-pass")
+        with gr.Row():
+            self.again = gr.Button("Play again", size="sm", elem_id="again")
+            self.stop = gr.Button("Stop", size="sm", elem_id="stop")
         self.record = gr.State(([], 0))  # the last text's tokens, and its number of forward passes
 
     def _connect(self):

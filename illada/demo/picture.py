@@ -12,18 +12,18 @@ CSS = """
   background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
   color: var(--body-text-color-subdued); font-size: .8rem; }
 .figure b { font-size: 1.5rem; color: var(--body-text-color); font-variant-numeric: tabular-nums; }
-.canvas { min-height: 6rem; padding: .8rem 1rem; border-radius: 10px; line-height: 2.7;
+.canvas { min-height: 7.5rem; padding: .8rem 1rem; border-radius: 10px;
   background: var(--block-background-fill); border: 1px solid var(--border-color-primary); }
 .canvas:empty::before { content: "The denoising is played here."; color: var(--body-text-color-subdued); }
 .token { position: relative; display: inline-block; line-height: 1.5; white-space: pre; font-size: 1.05rem;
-  border-radius: 4px; margin: 0 1px; }
+  height: 1.55em; vertical-align: top; border-radius: 4px; margin: 0 1px 22px; }
 .token.committed { color: #1e1b2e; padding: 0 3px; border-bottom: 4px solid var(--step);
-  border-radius: 4px 4px 0 0; }
+  border-radius: 4px 4px 0 0; height: calc(1.55em + 4px); margin-bottom: 18px; }
 .token.committed::after { content: attr(data-step); position: absolute; top: 100%; left: 0; right: 0; margin-top: 6px;
   text-align: center; font-size: .62rem; line-height: 1.1; color: var(--body-text-color-subdued); }
 .token.new { outline: 2px solid #6d28d9; outline-offset: 1px; }
 .token.given[style] { color: #1e1b2e; }
-.token.mask { min-width: 1.4em; min-height: 1.5em; vertical-align: bottom; padding: 0 3px; font-style: normal;
+.token.mask { min-width: 1.4em; padding: 0 3px; font-style: normal;
   color: var(--body-text-color-subdued); background: repeating-linear-gradient(135deg,
   var(--border-color-primary) 0 4px, transparent 4px 8px); border: 1px dashed var(--border-color-primary); }
 .token del { color: #b91c1c; margin-right: 3px; }
@@ -32,7 +32,7 @@ CSS = """
 .legend .swatch { padding: 1px 6px; color: #1e1b2e; }
 .legend .bar { display: inline-block; width: 3rem; height: 5px; margin-right: 6px; vertical-align: middle;
   background: linear-gradient(90deg, hsl(262, 60%, 82%), hsl(262, 60%, 35%)); }
-.legend .token { font-size: .78rem; min-height: 0; }
+.legend .token { font-size: .78rem; margin: 0 4px 0 0; }
 """
 
 LEGEND_CONFIDENCES = (0.5, 0.8, 0.9, 0.95, 1.0)
