@@ -141,7 +141,7 @@ def demo_png() -> bytes:
 
     question, _, passes = denoise("word_problem")
     with tempfile.TemporaryDirectory() as folder, DemoServer(Path(folder, "log")) as server:
-        with Visitor(server.url, height=1000) as visitor:
+        with Visitor(server.url, height=1040) as visitor:
             visitor.run(lambda: visitor.type("#message textarea", question, "\ue007"))  # Enter
             visitor.type("#forward-pass input[type=number]", str(passes * 2 // 3), "\ue004")  # Tab
             visitor.wait(lambda: len(visitor.driver.find_elements("css selector", "#canvas .mask")) > 2, "no masks")

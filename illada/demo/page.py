@@ -53,24 +53,30 @@ class Settings:
         self.device = model.device
         with gr.Row():
             self.preset = gr.Radio(list(PRESETS), value="exact", label="Preset, which the others override")
-            self.pause = gr.Slider(0, 1, 0.1, step=0.05, label="Pause after a pass, in s", elem_id="pause")
+            self.pause = gr.Slider(0, 1, 0.1, step=0.05, label="Pause, in seconds", elem_id="pause")
         with gr.Row():
-            self.rule = gr.Dropdown([AS_PRESET, *PARALLEL_RULES], label="Rule to commit several tokens in a pass")
+            self.rule = gr.Dropdown(
+                [AS_PRESET, *PARALLEL_RULES], value=AS_PRESET, label="Rule to commit several a pass"
+            )
             self.rule_value = gr.Slider(0, 1, 0.9, step=0.01, label="Value of the rule", elem_id="rule-value")
         self.steps = gr.Slider(0, 128, 0, step=1, label="Steps per block (0: as the preset)", elem_id="steps")
         self.rule.input(self._rule_slider, self.rule, self.rule_value)
 
     def place_others(self, model):
-        own = model.generation_config
-        positions = model.config.max_position_embeddings
+        own, positions = model.generation_config, model.config.max_position_embeddings
+        block_length = own.block_length or 32
         with gr.Row():
             self.canvas = gr.Radio(
                 list(CANVASES), value=own.canvas or model.default_canvas, label="Canvas of an answer"
             )
-            self.remasking = gr.Dropdown(list(RANKINGS), label="Ranking of the masked positions")
+            self.remasking = gr.Dropdown(
+                list(RANKINGS), value=own.remasking or "low_confidence", label="Ranking of the masked positions"
+            )
             self.seed = gr.Number(0, precision=0, label="Seed")
         with gr.Row():
-            self.block_length = gr.Slider(1, 128, own.block_length or 32, step=1, label="Block length, in tokens")
+            self.block_length = gr.Slider(
+                1, max(128, block_length), block_length, step=1, label="Block length, in tokens"
+            )
             self.max_new_tokens = gr.Slider(
                 1, positions, own.max_new_tokens or 128, step=1, label="Longest answer, in tokens", elem_id="budget"
             )
@@ -87,17 +93,21 @@ class Settings:
 
     def arguments(self, values: dict) -> dict:
         """Those of every denoising, from the components' values."""
-        temperature, rule = values[self.temperature], values[self.rule]
-        return {
+        temperature, rule, steps = values[self.temperature], values[self.rule], values[self.steps]
+        arguments = {
             "preset": values[self.preset],
             "block_length": values[self.block_length],
             "remasking": values[self.remasking],
             "generator": torch.Generator(self.device).manual_seed(values[self.seed] or 0),
             "do_sample": temperature > 0,
-            **({"temperature": temperature} if temperature > 0 else {}),
-            **({"max_denoising_steps": values[self.steps]} if values[self.steps] > 0 else {}),
-            **({rule: values[self.rule_value]} if rule != AS_PRESET else {}),
         }
+        if temperature > 0:
+            arguments["temperature"] = temperature
+        if steps > 0:
+            arguments["max_denoising_steps"] = steps
+        if rule != AS_PRESET:
+            arguments[rule] = values[self.rule_value]
+        return arguments
 
     def answer_arguments(self, values: dict) -> dict:
         """Those of an answer, which has a canvas and a length."""
