@@ -24,11 +24,17 @@ def texts_with_blanks(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def with_blanks(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
-    """The example's text with `<[MASK]*n>` in place of each blank of n tokens."""
+    """The example's text with blanks such as `<[MASK]*4>` in place of what a test removes."""
     text = example.text
     for start, end in reversed(example.blanks):
-        text = f"{text[:start]}<[MASK]*{len(tokenizer.tokenize(text[start:end]))}>{text[end:]}"
+        text = f"{text[:start]}{blank(tokenizer, text[start:end])}{text[end:]}"
     return text
+
+
+def blank(tokenizer: PreTrainedTokenizerBase, passage: str) -> str:
+    """The blank of as many tokens as the passage has."""
+    count = len(tokenizer.tokenize(passage))
+    return "<[MASK]>" if count == 1 else f"<[MASK]*{count}>"
 
 
 def spoiled_texts() -> list[str]:

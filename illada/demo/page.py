@@ -162,7 +162,7 @@ class Page:
         )
         self.selection = gr.State(None)
         with gr.Row():
-            self.blank_out = gr.Button("Blank out what is selected", elem_id="blank-out")
+            self.blank_out = gr.Button("Blank the selection", elem_id="blank-out")
             self.fill = gr.Button("Fill the blanks", variant="primary", elem_id="fill")
         self.filled_text = gr.Textbox(label="Filled", interactive=False, buttons=["copy"], elem_id="filled-text")
         if is_embedded:
@@ -320,9 +320,9 @@ class Page:
             if not passage.strip() or text[start:end] != passage:
                 raise ValueError("Select a passage of the text first: it becomes a blank.")
             start -= text[:start].endswith(" ")  # a token begins with its space
-            count = len(self.tokenizer.tokenize(text[start:end].rstrip()))
+            blank = examples.blank(self.tokenizer, text[start:end].rstrip())
             space = " " * (len(passage) - len(passage.rstrip()))
-            return f"{text[:start]}<[MASK]*{count}>{space}{text[end:]}"
+            return f"{text[:start]}{blank}{space}{text[end:]}"
         return text
 
 
