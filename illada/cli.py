@@ -19,6 +19,7 @@ from transformers.utils import logging
 from . import EMBEDDED_MODEL
 from .blanks import encode_with_blanks
 from .conversion.cli import convert, export
+from .demo.cli import demo
 from .evaluation.cli import CONTEXT_SETTINGS, evaluate
 from .generation import MaskedDiffusionGenerationMixin
 from .live import LiveDenoising
@@ -335,6 +336,7 @@ def info(model: MODEL = None, as_json: JSON = False):
 app.command()(convert)
 app.command()(export)
 app.command("eval", context_settings=CONTEXT_SETTINGS)(evaluate)
+app.command()(demo)
 
 
 def main():

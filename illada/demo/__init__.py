@@ -1,0 +1,1 @@
+"""The web page: chat, fill and revise in the browser, with the denoising shown token by token."""
