@@ -82,7 +82,8 @@ class DataArguments:
         format: `pretraining` (documents packed, each its own segment), `sft` (iLLaDA's: examples concatenated) or
             `llada_sft` (one example per row, prompt visible, EOS padding).
         length: tokens in a window; in `llada_sft`, the most that an example may have.
-        streaming: whether data are tokenised during training rather than before; `max_steps` must be set then.
+        streaming: whether data are tokenised during training rather than before, in the order of the file and again
+            from its beginning; `max_steps` must be set then.
         sample_prompts: texts that the model continues at every evaluation.
         split_probability, keep_prompt_probability: see [`Objective`]; the format's own if absent.
         eps, stratified: see [`Objective`].
@@ -285,7 +286,9 @@ def build_trainer(
             return None
         if source == CORPUS:
             return _corpus(data_arguments, tokenizer, training_arguments.seed, held_out)
-        return load_data(source, data_arguments, tokenizer, model.config)
+        data = load_data(source, data_arguments, tokenizer, model.config)
+        # An endless stream is one epoch, so that the Trainer finds the place of an interruption again.
+        return data.repeat(None) if data_arguments.streaming and not held_out else data
 
     with training_arguments.main_process_first(desc="reading the data"):
         train_data, eval_data = load(data_arguments.train_data, False), load(data_arguments.eval_data, True)
