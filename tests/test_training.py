@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -314,7 +315,7 @@ import sys
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-if sys.argv.pop(1) == "fsdp":
+if "fsdp" in sys.argv:
     # Accelerate heeds its FSDP settings on accelerators alone: these two CPU processes call themselves GPUs.
     original = PartialState.__init__
 
@@ -325,16 +326,20 @@ if sys.argv.pop(1) == "fsdp":
 
     PartialState.__init__ = init
 
-import runpy
+from illada.training.recipe import train_recipe
 
-runpy.run_module("illada.training", run_name="__main__")
+trainer = train_recipe(sys.argv[1])
+assert trainer.args.world_size == 2
+assert trainer.is_fsdp_enabled == trainer.args.fsdp
 """
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_two_processes_train_as_one_does_on_the_batch_of_both(settings, tmp_path, wrapper):
-    alone = run(settings, tmp_path, format="pretraining", gradient_accumulation_steps=2)
-    changes = {"format": "pretraining", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    # Without `drop_last`, Accelerate fills the last batch of an epoch, so that each process has one.
+    common = {"format": "pretraining", "gradient_accumulation_steps": 2, "dataloader_drop_last": True}
+    alone = run(settings, tmp_path, **common)
+    changes = {**common, "per_device_train_batch_size": 2}
     changes["output_dir"] = str(tmp_path / "two")
     if wrapper == "fsdp":
         changes |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["ILLaDADecoderLayer"]}}
@@ -347,7 +352,7 @@ def test_two_processes_train_as_one_does_on_the_batch_of_both(settings, tmp_path
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     root = str(Path(__file__).parents[1])
     result = subprocess.run(
-        [sys.executable, "-m", *launcher, str(script), wrapper, str(recipe)],
+        [sys.executable, "-m", *launcher, str(script), str(recipe), wrapper],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -495,6 +500,10 @@ def test_the_command_trains_and_says_what_is_wrong(settings, tmp_path, monkeypat
     with pytest.raises(SystemExit) as exit:
         main()
     assert exit.value.code == 0 and (Path(settings["output_dir"]) / "model.safetensors").is_file()
+    monkeypatch.setattr(sys, "argv", ["illada.training", str(recipe), "max_steps=1"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module("illada.training", run_name="__main__")  # what `accelerate launch -m` starts
+    assert exit.value.code == 0
     monkeypatch.setattr(sys, "argv", ["illada", "train", "absent"])
     with pytest.raises(SystemExit) as exit:
         main()

@@ -5,7 +5,7 @@ import json
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +110,9 @@ class DataArguments:
 
     @property
     def objective(self) -> Objective:
-        published = OBJECTIVES[self.format]
         given = {name: getattr(self, name) for name in ("split_probability", "keep_prompt_probability")}
         given = {name: value for name, value in given.items() if value is not None}
-        return Objective(
-            **{**vars(published), **given, "eps": self.eps, "stratified": self.stratified},
-        )
+        return replace(OBJECTIVES[self.format], eps=self.eps, stratified=self.stratified, **given)
 
 
 class _Loader(yaml.SafeLoader):
@@ -206,7 +203,8 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
         )
         if not isinstance(model, MaskedDiffusionGenerationMixin):
             raise ValueError(f"`model` must be a masked diffusion model, got {arguments.model!r}.")
-    model.generation_config.update(**arguments.generation)
+    if unknown := model.generation_config.update(**arguments.generation):
+        raise ValueError(f"`generation` must hold fields of the generation config, got {', '.join(unknown)}.")
     if arguments.lora is None:
         return model
     from peft import LoraConfig, get_peft_model
