@@ -330,7 +330,7 @@ from illada.training.recipe import train_recipe
 
 trainer = train_recipe(sys.argv[1])
 assert trainer.args.world_size == 2
-assert trainer.is_fsdp_enabled == trainer.args.fsdp
+assert trainer.is_fsdp_enabled == bool(trainer.args.fsdp)
 """
 
 
