@@ -284,12 +284,26 @@ def test_a_run_with_everything_on_writes_a_model_that_loads(settings, tmp_path, 
 
 
 def test_evaluation_has_a_fixed_noise(settings, tmp_path):
+    """In every run, whatever its seed and the size of its batches."""
     first = trainer_of(settings, tmp_path, eval_data=settings["train_data"])
     loss = first.evaluate()["eval_loss"]
     assert first.evaluate()["eval_loss"] == loss
     other = trainer_of(settings, tmp_path, eval_data=settings["train_data"], seed=9)
     other.model.load_state_dict(first.model.state_dict())
     assert other.evaluate()["eval_loss"] == loss
+
+    seen = []
+    for size in (2, 4):
+        trainer = trainer_of(settings, tmp_path, eval_data=settings["train_data"], per_device_eval_batch_size=size)
+        rows = []
+        compute_loss = trainer.compute_loss
+        trainer.compute_loss = lambda model, inputs, rows=rows, compute_loss=compute_loss, **keywords: (
+            rows.extend(ids[ids != 1].tolist() for ids in inputs["input_ids"]),
+            compute_loss(model, inputs, **keywords),
+        )[1]
+        trainer.evaluate()
+        seen.append(rows)
+    assert seen[0] == seen[1] and any(5 in row for row in seen[0])
 
 
 @pytest.mark.parametrize("streaming", [False, True])
