@@ -24,10 +24,11 @@ from .evaluation.cli import CONTEXT_SETTINGS, evaluate
 from .generation import MaskedDiffusionGenerationMixin
 from .live import LiveDenoising
 from .trace import check_trace_path, write_trace
+from .training.cli import train
 
 app = typer.Typer(
     name="illada",
-    help="Masked diffusion language models: generate, fill blanks, revise, convert, export, evaluate.",
+    help="Masked diffusion language models: generate, fill blanks, revise, convert, export, train, evaluate.",
     epilog="Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -335,6 +336,7 @@ def info(model: MODEL = None, as_json: JSON = False):
 
 app.command()(convert)
 app.command()(export)
+app.command()(train)
 app.command("eval", context_settings=CONTEXT_SETTINGS)(evaluate)
 app.command()(demo)
 

@@ -212,6 +212,7 @@ class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
         super().__init__(config)
         self.model = ILLaDAModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_type = "ForMaskedLM"  # labels are not shifted: the Trainer counts the first of a row as well
         self.post_init()
 
     @can_return_tuple

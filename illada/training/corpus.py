@@ -59,7 +59,7 @@ class Difficulty:
 
 
 DIFFICULTIES = {
-    "easy": Difficulty((1, 2), 20, (3, 4), (3, 4), (4, 10), (1, 2)),
+    "easy": Difficulty((1, 2), 20, (3, 4), (4, 4), (4, 10), (1, 2)),
     "medium": Difficulty((2, 3), 50, (5, 6), (5, 7), (8, 11), (2, 3)),
     "hard": Difficulty((3, 5), 99, (7, 9), (8, 12), (10, 12), (3, 4)),
 }

@@ -1,0 +1,156 @@
+"""The standard Trainer, with the noise of masked diffusion added to every clean batch."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import Trainer
+
+from .corruption import Purpose, corrupt, random_stream, sample_mask_probabilities
+from .segments import isolate_segments, split_segments
+
+EVALUATION_SEED = 0
+"""Seed of the noise of every evaluation, whatever the run's own seed is: two evaluations can be compared."""
+
+EVALUATION_STRATA = 64
+"""Rows over which an evaluation's mask probabilities are stratified, independent of its batch size."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is random in training, and how the loss is normalised; the defaults are iLLaDA's (arXiv 2606.25331).
+
+    Args:
+        split_probability: share of the rows that are cut at a random point into two segments.
+        keep_prompt_probability: share of the rows whose prompts stay visible and are not learnt; 1 for LLaDA's SFT.
+        eps: least mask probability; p = (1 - eps) t + eps.
+        stratified: whether the t of one optimiser step are spread evenly over (0, 1], which lowers the variance.
+        per_response: whether each row's loss is divided by its own number of learnt tokens, as in LLaDA's SFT, and
+            the batch's by its rows; otherwise the sum over all tokens is divided by their number.
+    """
+
+    split_probability: float = 0.3
+    keep_prompt_probability: float = 0.0
+    eps: float = 1e-3
+    stratified: bool = True
+    per_response: bool = False
+
+    def __post_init__(self):
+        for name in ("split_probability", "keep_prompt_probability", "eps"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"`{name}` must be in [0, 1], got {value}.")
+
+    def add_noise(
+        self, batch: dict[str, torch.Tensor], mask_token_id: int, seed: int, rows: Sequence[int], strata: int = 1
+    ) -> dict[str, torch.Tensor]:
+        """Corrupts a clean batch; the same arguments give the same noise, anywhere.
+
+        Args:
+            batch: `input_ids`, `labels`, `position_ids` and `is_prompt` (B, S), from [`MaskedDiffusionCollator`].
+            mask_token_id: id of [MASK].
+            seed: of all noise of the run.
+            rows: number of each sequence in the run.
+            strata: rows over which t is spread evenly (see [`sample_mask_probabilities`]).
+
+        Returns:
+            `input_ids`, `labels`, `loss_weights` and `position_ids` (B, S).
+        """
+        kept = [random_stream(seed, Purpose.KEEP_PROMPT, row).random() < self.keep_prompt_probability for row in rows]
+        hidden = batch["is_prompt"] & torch.tensor(kept, device=batch["is_prompt"].device).unsqueeze(1)
+        maskable = (batch["labels"] != -100) & ~hidden
+        probabilities = sample_mask_probabilities(seed, rows, strata if self.stratified else 1, self.eps)
+        corruption = corrupt(batch["input_ids"], maskable, probabilities, mask_token_id, seed, rows)
+        if self.per_response:
+            corruption.loss_weights /= maskable.sum(1, keepdim=True).clamp(min=1)
+        position_ids = split_segments(batch["position_ids"], self.split_probability, seed, rows)
+        return {**vars(corruption), "position_ids": position_ids}
+
+
+class MaskedDiffusionTrainer(Trainer):
+    """A `transformers.Trainer` for masked diffusion; takes [`MaskedDiffusionCollator`]'s batches.
+
+    Noise is added in the main process, as a function of the run's seed and of the number of each sequence in the run:
+    loader workers, processes, accumulation and an interruption do not change it. `num_items_in_batch` counts the
+    positions that may be masked (or the rows, with `objective.per_response`) in all micro-batches of all processes, so
+    that they give the gradient of one big batch. Logits are made for the masked positions alone.
+
+    Args:
+        objective: what is random, and the loss's normalisation.
+        sample_prompts: texts that the model continues greedily at every evaluation; the results are logged as
+            `eval_sample_0` and so on, as text in TensorBoard. Written by the chat template, if there is one.
+        arguments: of the `Trainer`. `remove_unused_columns` and `prediction_loss_only` are set as they must be.
+    """
+
+    def __init__(self, *arguments, objective: Objective | None = None, sample_prompts: Sequence[str] = (), **keywords):
+        super().__init__(*arguments, **keywords)
+        self.args.remove_unused_columns = False  # the collator reads `is_prompt`, which the model does not know
+        self.args.prediction_loss_only = True  # logits are those of masked positions: they do not align with labels
+        self.objective = objective or Objective()
+        self.sample_prompts = sample_prompts
+        self._evaluated_batches = itertools.count()
+
+    # Noise
+
+    def _rows(self, batch_number: int, batch: dict[str, torch.Tensor], batch_size: int) -> range:
+        """Number in the run of each row of this process's batch; Accelerate deals the batches out in turn."""
+        first = (batch_number * self.args.world_size + self.args.process_index) * batch_size
+        return range(first, first + len(batch["input_ids"]))
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """Adds the noise before the Trainer counts the labels."""
+        rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        first_batch = self.state.global_step * self.args.gradient_accumulation_steps
+        corrupted = (
+            self.objective.add_noise(
+                batch,
+                self.model.config.mask_token_id,
+                self.args.seed,
+                self._rows(number, batch, self.args.train_batch_size),
+                rows_per_step,
+            )
+            for number, batch in enumerate(epoch_iterator, start=first_batch)
+        )
+        return super().get_batch_samples(corrupted, num_batches, device)
+
+    def evaluation_loop(self, *arguments, **keywords):
+        self._evaluated_batches = itertools.count()
+        return super().evaluation_loop(*arguments, **keywords)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        rows = self._rows(next(self._evaluated_batches), inputs, self.args.eval_batch_size)
+        mask_token_id = self.model.config.mask_token_id
+        inputs = self.objective.add_noise(inputs, mask_token_id, EVALUATION_SEED, rows, EVALUATION_STRATA)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    # Loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
+        if self.objective.per_response:  # one item per row
+            batch_samples = [{"labels": batch["labels"].amax(1)} for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def compute_loss(self, model, inputs, *arguments, **keywords):
+        inputs = isolate_segments(inputs, self.model.config._attn_implementation)
+        return super().compute_loss(model, inputs, *arguments, **keywords)
+
+    # Samples
+
+    def evaluate(self, *arguments, **keywords) -> dict[str, float]:
+        metrics = super().evaluate(*arguments, **keywords)
+        if self.sample_prompts:
+            self.log({f"eval_sample_{i}": text for i, text in enumerate(map(self._continue, self.sample_prompts))})
+        return metrics
+
+    @torch.no_grad()
+    def _continue(self, prompt: str) -> str:
+        tokenizer = self.processing_class
+        if tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}]
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        else:
+            ids = tokenizer(prompt)["input_ids"]
+        input_ids = torch.tensor([ids], device=self.args.device)
+        output = self.model.eval().generate(input_ids)
+        return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
