@@ -33,7 +33,7 @@ CORPUS = "corpus"
 """The word that names the package's own synthetic corpus, as data and as tokenizer."""
 
 EVALUATION_EXAMPLES = 100
-"""Held-out examples of each family in the corpus's evaluation."""
+"""Validation examples of each family in the corpus's evaluation."""
 
 OBJECTIVES = {
     "pretraining": Objective(),
@@ -257,7 +257,11 @@ def _rows(
 def _corpus(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int, held_out: bool) -> Dataset:
     if not held_out:
         return CorpusWindows(tokenizer, arguments.length, seed)
-    examples = [example for family in FAMILIES for example in held_out_examples(family, EVALUATION_EXAMPLES)]
+    examples = [
+        example
+        for family in FAMILIES
+        for example in held_out_examples(family, EVALUATION_EXAMPLES, split="validation")
+    ]
     random.Random(EVALUATION_SEED).shuffle(examples)
     return datasets.Dataset.from_list(list(pack(encode(tokenizer, examples), arguments.length, isolated=False)))
 
