@@ -22,7 +22,7 @@ from test_decoding_properties import (
 from test_golden import run
 from tiny_models import EOS, MASK, PAD, pad_left, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModel
+from transformers import AutoModel, CompileConfig
 
 from illada import MaskedDiffusionGenerationConfig
 from illada.block_cache import BlockCache
@@ -250,7 +250,7 @@ def test_nothing_of_the_size_of_the_cache_is_made_within_a_block(block_cache, is
 @pytest.mark.parametrize("rule", [{}, {"entropy_bound": 0.1}, {"remasking": "margin", "do_sample": True, "top_k": 5}])
 def test_logits_are_made_for_masked_positions_alone(mode, canvas, rule):
     """The largest tensor of a step is of the masks of the block by the vocabulary, and never of the text by it."""
-    vocab_size, block_length = 4000, 4
+    vocab_size, block_length = 12000, 4
     model = random_model(0, vocab_size=vocab_size, num_layers=2, max_position_embeddings=128)
     inputs = pad_left([[7] * 60, [8] * 50])
     passes = Passes(model, **inputs, max_new_tokens=8, block_length=block_length, canvas=canvas, **mode, **rule)
@@ -319,3 +319,55 @@ def test_the_exact_preset_switches_a_cache_off(tiny_model):
     arguments = {"inputs": torch.tensor([[7, 8]]), "max_new_tokens": 4}
     assert set(Passes(tiny_model, **arguments).widths) == {6, 4}
     assert set(Passes(tiny_model, **arguments, preset="exact").widths) == {6}
+
+
+# Compiled
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("canvas", ["growing", "fixed"])
+@pytest.mark.parametrize("block_cache", CACHES)
+def test_compiled_block_passes_share_one_shape(block_cache, canvas, fresh_dynamo):
+    """Blocks, steps, retiring rows and later calls of like length run one compiled graph, with the same tokens."""
+    model = random_model(0, num_layers=3)
+    settings = {"block_cache": block_cache, "canvas": canvas, "block_length": 4, "confidence_threshold": 0.4}
+    compiled = {"compile": True, "compile_config": CompileConfig(backend="eager", dynamic=False, fullgraph=True)}
+    batch = [[7, 8, 9, 10, 11], [12, 13]]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for shift, max_new_tokens in ((0, 12), (1, 12), (2, 12), (0, 10)):
+            if canvas == "fixed" and max_new_tokens == 10 and block_cache == "prefix":
+                continue
+            arguments = {**pad_left([[token + shift for token in row] for row in batch]), **settings}
+            arguments |= {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
+            eager = model.generate(**arguments)
+            output = model.generate(**arguments, **compiled)
+            assert torch.equal(output.sequences, eager.sequences)
+            assert torch.equal(output.num_forward_passes, eager.num_forward_passes)
+    assert fresh_dynamo["stats"]["unique_graphs"] == 1
+    assert not fresh_dynamo["graph_break"]
+
+
+@pytest.mark.parametrize("block_cache", CACHES)
+def test_compiled_passes_with_blanks_and_guidance(block_cache, fresh_dynamo):
+    model = random_model(1, num_layers=3)
+    settings = {"block_cache": block_cache, "block_length": 3, "max_new_tokens": 6, "guidance_scale": 1.5}
+    compiled = {"compile": True, "compile_config": CompileConfig(backend="eager", dynamic=False)}
+    inputs = pad_left([[7, MASK, 9, 10, MASK, 11, MASK, MASK], [MASK, 13, 14]])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(model.generate(**inputs, **settings, **compiled), model.generate(**inputs, **settings))
+    assert fresh_dynamo["stats"]["unique_graphs"] == 1
+
+
+def test_compiled_to_machine_code(fresh_dynamo):
+    model = random_model(2, num_layers=2, dtype=torch.float32)
+    arguments = {"inputs": torch.tensor([[7, 8, 9]]), "block_cache": "dual", "max_new_tokens": 8, "block_length": 4}
+    assert torch.equal(model.generate(**arguments, compile=True), model.generate(**arguments))
+    assert fresh_dynamo["stats"]["unique_graphs"] == 1
+    assert fresh_dynamo["inductor"]
