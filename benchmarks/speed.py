@@ -45,8 +45,8 @@ SHAPES: dict[str, dict] = {
 Shape = Enum("Shape", {name: name for name in SHAPES})
 
 PARALLEL_STEPS = 4
-"""Tokens per forward pass that `cached + threshold` is given. Random weights are never sure, so a threshold alone would
-commit one token a step; four is what the embedded model reaches at a threshold of 0.9 (docs/decoding_quality.md)."""
+"""Tokens per forward pass of the modes with a threshold. Random weights are never sure, so a threshold alone would commit
+one token a step; four is what the embedded model reaches at 0.9 (docs/decoding_quality.md)."""
 
 
 @dataclass
@@ -244,7 +244,7 @@ def floor(model, device: str, block_length: int) -> dict:
     input_ids = prompt(Case(512 - block_length, 0, 0, 1), model.config.vocab_size, device)
     for name, settings in (("eager", {}), ("compiled", {"compile": True})):
 
-        def block(steps: int):
+        def block(steps: int, settings: dict = settings):
             return model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -313,8 +313,8 @@ def describe(results: dict) -> str:
     if figures := results.get("floor"):
         lines += [
             f"Copy bandwidth {figures['GB/s']:.1f} GB/s, so that reading all weights once takes "
-            f"{1e3 * figures['floor']:.2f} ms; a matrix product runs at {figures['GFLOP/s']:.0f} GFLOP/s, and the layers of "
-            f"a step need {figures['GFLOP of a step']:.2f} GFLOP. "
+            f"{1e3 * figures['floor']:.2f} ms; a matrix product runs at {figures['GFLOP/s']:.0f} GFLOP/s, and the "
+            f"layers of a step need {figures['GFLOP of a step']:.2f} GFLOP. "
             f"A step takes {1e3 * figures['step, eager']:.2f} ms, compiled {1e3 * figures['step, compiled']:.2f} ms: "
             f"{figures['step, eager'] / figures['floor']:.2f} and {figures['step, compiled'] / figures['floor']:.2f} "
             "times the floor.",

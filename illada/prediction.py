@@ -1,5 +1,7 @@
 """Logits of masked positions: from the whole canvas, or from a block of it over cached keys and values."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from transformers.generation.configuration_utils import CompileConfig
@@ -33,8 +35,7 @@ class Predictor:
         self.compiled_decoder = None
         self.cache = None
         if config.compile:
-            compile_config = config.compile_config or CompileConfig(dynamic=False)
-            self.compiled_decoder = model.get_decoder().get_compiled_call(compile_config)
+            self.compiled_decoder = self._compiled_decoder()
             self.cache, self.static_width = self._static_cache(), self._static_width()
         elif config.block_cache is not None:
             num_layers = model.config.num_hidden_layers
@@ -118,6 +119,14 @@ class Predictor:
         width = int(is_computed.sum(-1).max()) if self.compiled_decoder is None else self.static_width
         self.columns = F.pad(columns, (0, max(width - columns.shape[1], 0)), value=scratch)[:, :width]
         self.index = is_computed.cumsum(-1) - 1
+
+    def _compiled_decoder(self) -> Callable:
+        """The decoder's compiled call, which it keeps for later calls; a copy of the model has to make its own."""
+        compile_config, decoder = self.config.compile_config or CompileConfig(dynamic=False), self.model.get_decoder()
+        key = (id(decoder), compile_config)
+        if getattr(decoder, "_compiled_block_pass", (None,))[0] != key:
+            decoder._compiled_block_pass = key, torch.compile(decoder.__call__, **compile_config.to_dict())
+        return decoder._compiled_block_pass[1]
 
     def _static_cache(self) -> StaticBlockCache:
         """The cache of compiled passes. The decoder keeps it for later calls, since CUDA graphs know its address."""
