@@ -45,8 +45,8 @@ SHAPES: dict[str, dict] = {
 Shape = Enum("Shape", {name: name for name in SHAPES})
 
 PARALLEL_STEPS = 4
-"""Tokens per forward pass of the modes with a threshold. Random weights are never sure, so a threshold alone would commit
-one token a step; four is what the embedded model reaches at 0.9 (docs/decoding_quality.md)."""
+"""Tokens per forward pass of the modes with a threshold. Random weights are never sure, so a threshold alone would
+commit one token a step; four is what the embedded model reaches at 0.9 (docs/decoding_quality.md)."""
 
 
 @dataclass
@@ -59,14 +59,14 @@ class Case:
     batch_size: int
 
 
-def published(model: ILLaDAForCausalLM, input_ids: torch.LongTensor, case: Case) -> torch.LongTensor:
+def published(model: ILLaDAForCausalLM, input_ids: torch.LongTensor, case: Case, steps: int) -> torch.LongTensor:
     """The published sampler on a growing canvas: greedy, low-confidence remasking, one token per step."""
     mask_token_id = model.config.mask_token_id
     tokens = input_ids
     for _ in range(0, case.new_tokens, case.block_length):
         start = tokens.shape[1]
         tokens = torch.cat([tokens, tokens.new_full((len(tokens), case.block_length), mask_token_id)], dim=1)
-        for _ in range(case.block_length):
+        for _ in range(steps):
             is_mask = tokens == mask_token_id
             logits = model(tokens).logits
             logits[..., mask_token_id] = -torch.inf
@@ -79,20 +79,24 @@ def published(model: ILLaDAForCausalLM, input_ids: torch.LongTensor, case: Case)
     return tokens
 
 
-def modes(model: ILLaDAForCausalLM, llama: LlamaForCausalLM, case: Case) -> dict[str, Callable]:
-    """Functions from a prompt (B, S) to (sequences, forward passes)."""
+def modes(
+    model: ILLaDAForCausalLM, llama: LlamaForCausalLM, case: Case, steps: int | None = None
+) -> dict[str, Callable]:
+    """Functions from a prompt (B, S) to (sequences, forward passes), with `steps` per block, or one per token."""
+    steps = steps or case.block_length
     common = {
         "max_new_tokens": case.new_tokens,
         "block_length": case.block_length,
+        "max_denoising_steps": steps,
         "eos_token_id": None,
         "pad_token_id": 0,
         "return_dict_in_generate": True,
     }
-    steps = case.block_length // PARALLEL_STEPS
+    parallel = {"confidence_threshold": 0.9, "max_denoising_steps": steps // PARALLEL_STEPS or 1}
 
     def diffusion(**settings) -> Callable:
         def decode(input_ids):
-            output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **common, **settings)
+            output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **{**common, **settings})
             return output.sequences, int(output.num_forward_passes.max())
 
         return decode
@@ -108,15 +112,13 @@ def modes(model: ILLaDAForCausalLM, llama: LlamaForCausalLM, case: Case) -> dict
         return sequences, case.new_tokens
 
     return {
-        "published": lambda input_ids: (published(model, input_ids, case), case.new_tokens),
+        "published": lambda input_ids: (published(model, input_ids, case, steps), case.new_tokens),
         "exact": diffusion(),
         "prefix": diffusion(block_cache="prefix"),
         "dual": diffusion(block_cache="dual"),
         "prefix, compiled": diffusion(block_cache="prefix", compile=True),
-        "prefix, threshold": diffusion(block_cache="prefix", confidence_threshold=0.9, max_denoising_steps=steps),
-        "prefix, threshold, compiled": diffusion(
-            block_cache="prefix", confidence_threshold=0.9, max_denoising_steps=steps, compile=True
-        ),
+        "prefix, threshold": diffusion(block_cache="prefix", **parallel),
+        "prefix, threshold, compiled": diffusion(block_cache="prefix", compile=True, **parallel),
         "autoregressive": autoregressive,
     }
 
@@ -170,15 +172,19 @@ def prompt(case: Case, vocab_size: int, device: str) -> torch.LongTensor:
     return torch.randint(6, vocab_size, size, generator=generator).to(device)
 
 
-def compare(model, llama, case: Case, chosen: list[str], rounds: int, row: dict, device: str):
-    """Adds seconds, forward passes, memory and agreement of each mode to `row`."""
+def compare(model, llama, case: Case, chosen: list[str], rounds: int, row: dict, device: str, save: Callable):
+    """Adds seconds, forward passes, memory and agreement of each mode to `row`, and saves after each.
+
+    Memory is that of a block in two steps, which is that of any.
+    """
     functions = {name: function for name, function in modes(model, llama, case).items() if name in chosen}
     input_ids = prompt(case, model.config.vocab_size, device)
-    first = modes(model, llama, Case(case.prompt_length, case.block_length, case.block_length, case.batch_size))
+    one_block = Case(case.prompt_length, case.block_length, case.block_length, case.batch_size)
+    short = modes(model, llama, one_block, steps=2)
     for name in functions:
         entry = row.setdefault(name, {"seconds": []})
         if "MiB" not in entry and "compiled" not in name:
-            entry["MiB"] = peak_memory(first[name], input_ids)
+            entry["MiB"] = peak_memory(short[name], input_ids)
         elif "compiled" in name:
             functions[name](input_ids)  # compiles
     for _ in range(rounds):
@@ -188,6 +194,7 @@ def compare(model, llama, case: Case, chosen: list[str], rounds: int, row: dict,
             row[name]["seconds"].append(seconds)
             row[name]["forward_passes"] = passes
             print(f"  {name:28} {seconds:8.2f} s", flush=True)
+            save()
         if "published" in sequences and "exact" in sequences:
             row["exact"]["same_tokens"] = bool(torch.equal(sequences["exact"], sequences["published"]))
 
@@ -277,7 +284,8 @@ def machine(device: str) -> str:
 def describe(results: dict) -> str:
     """The page's tables, in Markdown."""
     lines = []
-    for key, row in results["cases"].items():
+    for key, measured in results["cases"].items():
+        row = {name: entry for name, entry in measured.items() if entry["seconds"]}
         case, base = Case(**json.loads(key)), row.get("published")
         lines += [
             f"Prompt of {case.prompt_length}, {case.new_tokens} new tokens, block of {case.block_length}, batch of "
@@ -324,7 +332,11 @@ def describe(results: dict) -> str:
 
 
 def plot(results: dict, path: Path):
-    cases = [(Case(**json.loads(key)), row) for key, row in results["cases"].items() if "published" in row]
+    cases = [
+        (Case(**json.loads(key)), {name: entry for name, entry in row.items() if entry["seconds"]})
+        for key, row in results["cases"].items()
+        if row.get("published", {}).get("seconds")
+    ]
     names = list(dict.fromkeys(name for _, row in cases for name in row))
     figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
     for index, name in enumerate(names):
@@ -377,6 +389,10 @@ def main(
     }
     print(f"{results['machine']}, shape {shape.name}, {dtype}")
     model, llama = build(shape.name, device, getattr(torch, dtype))
+
+    def save():
+        output.write_text(json.dumps(results, indent=1) + "\n")
+
     with torch.no_grad():
         if with_floor:
             results["floor"] = floor(model, device, block_length[0])
@@ -388,12 +404,12 @@ def main(
                         print(case, flush=True)
                         row = results["cases"].setdefault(json.dumps(case.__dict__), {})
                         chosen = mode or list(modes(model, llama, case))
-                        compare(model, llama, case, chosen, rounds, row, device)
+                        compare(model, llama, case, chosen, rounds, row, device, save)
         for name in ragged or []:
             case = Case(512, new_tokens[0], block_length[0], 8)
             row = results["ragged"].setdefault(json.dumps([name, case.__dict__]), {})
             compare_ragged(model, case, {} if name == "exact" else {"block_cache": name}, rounds, row, device)
-    output.write_text(json.dumps(results, indent=1) + "\n")
+    save()
     plot(results, output.with_suffix(".png"))
     print(describe(results))
 
