@@ -3,7 +3,7 @@
 All models have random weights, since time does not depend on them; EOS is switched off, so that every row writes all
 its tokens. Each round runs every mode once, one after the other, and figures are medians over rounds. The baseline is
 the published algorithm in its plain form: logits at every position in every step, no cache. Results go to a JSON file
-(`--append` adds rounds to those that are there), from which table, plot and page are made.
+(`--append` adds rounds to those that are there); a page with the tables and a plot are written beside it.
 """
 
 import json
@@ -331,6 +331,23 @@ def describe(results: dict) -> str:
     return "\n".join(lines)
 
 
+def page(results: dict) -> str:
+    versions = f"torch {results['torch']}, Transformers {results['transformers']}"
+    head = [
+        "# Speed",
+        "",
+        f"{results['machine']}; shape `{results['shape']}`, {results['dtype']}, random weights;",
+        f"{versions}. Medians over rounds in which the modes take turns.",
+        "`python benchmarks/speed.py` writes this page.",
+        "",
+        f"With a threshold, rows are given {PARALLEL_STEPS} tokens per pass. Peak extra memory is the most that",
+        "tensors of a call hold at a time while one block is written: the cache counts, weights do not.",
+        "",
+        "",
+    ]
+    return "\n".join(head) + describe(results)
+
+
 def plot(results: dict, path: Path):
     cases = [
         (Case(**json.loads(key)), {name: entry for name, entry in row.items() if entry["seconds"]})
@@ -370,7 +387,7 @@ def main(
     rounds: Annotated[int, typer.Option()] = 3,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     append: Annotated[bool, typer.Option(help="Add to the rounds that are in the output.")] = False,
-    output: Annotated[Path, typer.Option(help="JSON file; table and plot go beside it.")] = DOCS / "speed.json",
+    output: Annotated[Path, typer.Option(help="JSON file; page and plot go beside it.")] = DOCS / "speed.json",
 ):
     """Measure, print and write the comparison."""
     if threads is not None:
@@ -411,6 +428,7 @@ def main(
             compare_ragged(model, case, {} if name == "exact" else {"block_cache": name}, rounds, row, device)
     save()
     plot(results, output.with_suffix(".png"))
+    output.with_suffix(".md").write_text(page(results))
     print(describe(results))
 
 

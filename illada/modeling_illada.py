@@ -192,9 +192,11 @@ def _states_to_keep(
     """The hidden states whose logits are made; `transformers` has this as a function only in later versions."""
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:]  # -0 is all of them
-    if isinstance(logits_to_keep, tuple) or logits_to_keep.dtype == torch.bool:
-        return hidden_states[logits_to_keep]
-    return hidden_states[:, logits_to_keep]
+    device = hidden_states.device  # that of the last layer, which may not be that of the inputs
+    if isinstance(logits_to_keep, tuple):
+        return hidden_states[tuple(index.to(device) for index in logits_to_keep)]
+    logits_to_keep = logits_to_keep.to(device)
+    return hidden_states[logits_to_keep] if logits_to_keep.dtype == torch.bool else hidden_states[:, logits_to_keep]
 
 
 class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):

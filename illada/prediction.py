@@ -50,7 +50,8 @@ class Predictor:
     def seat(self, rows: torch.LongTensor) -> torch.LongTensor:
         """Chooses the rows of the next pass; `rows` (R,), on the host, must be in it. Returns them in its order."""
         interval = self.config.cache_refresh_interval
-        self.is_full = self.cache is None or self.num_passes % (interval or self.canvas.length) == 0
+        is_refresh = self.num_passes == 0 if interval is None else self.num_passes % interval == 0
+        self.is_full = self.cache is None or is_refresh
         self.num_passes += 1
         if self.cache is None:
             self.rows = rows
