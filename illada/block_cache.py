@@ -128,6 +128,10 @@ class BlockCache(Cache):
                 places = buffer.unflatten(0, (-1, self.num_branches))
                 places[free.to(buffer.device)] = places[moving.to(buffer.device)]
 
+    def num_visible(self, length: int) -> int:
+        """How many columns a block forward sees when the canvas has `length`."""
+        return length
+
     def look_at(self, columns: torch.LongTensor, num_visible: int | None = None):
         """Sets what the next forward pass writes, `columns` (R, W) of the rows here, and how many columns it sees."""
         branches = torch.arange(self.num_branches)
@@ -147,3 +151,6 @@ class StaticBlockCache(BlockCache):
 
     def retain(self, rows: torch.LongTensor):
         self.rows = self.places = torch.arange(self.num_rows)
+
+    def num_visible(self, length: int) -> int:
+        return self.num_columns

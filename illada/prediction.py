@@ -32,8 +32,7 @@ class Predictor:
         self.model, self.canvas, self.config, self.max_length = model, canvas, config, max_length
         self.num_branches = 2 if config.guidance_scale not in (None, 1) else 1
         self.is_padded = not bool(canvas.attention_mask.all())
-        self.compiled_decoder = None
-        self.cache = None
+        self.cache = self.compiled_decoder = self.static_width = None
         if config.compile:
             self.compiled_decoder = self._compiled_decoder()
             self.cache, self.static_width = self._static_cache(), self._static_width()
@@ -68,31 +67,32 @@ class Predictor:
         rows = self.rows.to(canvas.tokens.device)
         if self.is_full:
             computed = torch.arange(canvas.length, device=rows.device).expand(len(rows), -1)
-            index, num_visible = columns, None
+            index, num_visible = columns, canvas.length
         else:
             computed, index = self.columns[rows], self.index[rows[row_index], columns]
-            num_visible = canvas.length if self.compiled_decoder is None else self.cache.num_columns
+            num_visible = self.cache.num_visible(canvas.length)
         if self.cache is not None:
-            self.cache.look_at(computed, num_visible)
+            self.cache.look_at(computed, None if self.is_full else num_visible)
 
         read = (rows.unsqueeze(-1), computed.clamp(max=canvas.length - 1))  # in the scratch column stands any token
-        tokens, position_ids, attention_mask = canvas.tokens[read], canvas.position_ids[read], self._mask(rows)
+        inputs = {
+            "input_ids": canvas.tokens[read],
+            "attention_mask": self._mask(rows, num_visible),
+            "position_ids": canvas.position_ids[read],
+        }
         if self.num_branches == 2:
-            unconditional = tokens.masked_fill(canvas.given[read], canvas.mask_token_id)
-            tokens = torch.stack([tokens, unconditional], dim=1).flatten(0, 1)
-            position_ids = position_ids.repeat_interleave(2, dim=0)
-            attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(2, dim=0)
+            inputs = {name: x if x is None else x.repeat_interleave(2, dim=0) for name, x in inputs.items()}
+            inputs["input_ids"][1::2].masked_fill_(canvas.given[read], canvas.mask_token_id)
             row_index, index = torch.cat([2 * row_index, 2 * row_index + 1]), torch.cat([index, index])
-        logits = self._forward(
-            (row_index, index), input_ids=tokens, attention_mask=attention_mask, position_ids=position_ids
-        )
+        logits = self._forward((row_index, index), inputs)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.num_branches == 2:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + self.config.guidance_scale * (conditional - unconditional)
         return logits
 
-    def _forward(self, positions: tuple[torch.LongTensor, torch.LongTensor], **inputs) -> torch.Tensor:
+    def _forward(self, positions: tuple[torch.LongTensor, torch.LongTensor], inputs: dict) -> torch.Tensor:
+        """Logits (M, V) of these rows and columns (M,) of the inputs."""
         if self.cache is not None:
             inputs["past_key_values"] = self.cache
         if self.is_full or self.compiled_decoder is None:
@@ -101,12 +101,12 @@ class Predictor:
         hidden_states = self.compiled_decoder(**inputs).last_hidden_state
         return self.model.get_output_embeddings()(hidden_states[positions])
 
-    def _mask(self, rows: torch.LongTensor) -> torch.BoolTensor | None:
-        """The columns (R, visible) that the next pass may see, or None if it may see all."""
-        if self.compiled_decoder is not None and not self.is_full:
-            mask = self.canvas.attention_mask[rows]
-            return F.pad(mask, (0, self.cache.num_columns - mask.shape[1]), value=False)
-        return self.canvas.attention_mask[rows] if self.is_padded else None
+    def _mask(self, rows: torch.LongTensor, num_visible: int) -> torch.BoolTensor | None:
+        """Which of the visible columns (R, num_visible) hold a token, or None if all do."""
+        num_unused = num_visible - self.canvas.length
+        if num_unused == 0 and not self.is_padded:
+            return None
+        return F.pad(self.canvas.attention_mask[rows], (0, num_unused), value=False)
 
     def _lay_out(self, block: Block):
         """Sets the columns (B, W) that block forwards compute, and the place (B, S) of each column among them."""
@@ -117,7 +117,7 @@ class Predictor:
             is_computed = is_computed.cumsum(-1) > 0
         columns = torch.arange(canvas.length, device=is_computed.device)
         columns = torch.where(is_computed, columns, scratch).sort(dim=-1).values
-        width = int(is_computed.sum(-1).max()) if self.compiled_decoder is None else self.static_width
+        width = self.static_width or int(is_computed.sum(-1).max())
         self.columns = F.pad(columns, (0, max(width - columns.shape[1], 0)), value=scratch)[:, :width]
         self.index = is_computed.cumsum(-1) - 1
 
