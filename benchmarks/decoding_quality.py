@@ -29,6 +29,16 @@ SETTINGS: dict[str, list[dict]] = {
     "confidence factor": [{"confidence_factor": value} for value in (0.1, 0.5)],
     "entropy bound": [{"entropy_bound": value} for value in (0.05, 0.3)],
     "block of 8": [{"block_length": 8}, {"block_length": 8, "confidence_threshold": 0.9}],
+    "prefix cache": [
+        {"block_cache": "prefix"},
+        {"block_cache": "prefix", "cache_refresh_interval": 4},
+        {"block_cache": "prefix", "confidence_threshold": 0.9},
+    ],
+    "dual cache": [
+        {"block_cache": "dual"},
+        {"block_cache": "dual", "cache_refresh_interval": 4},
+        {"block_cache": "dual", "confidence_threshold": 0.9},
+    ],
 }
 """Rules and the settings of each; the first of all is the published one."""
 

@@ -22,6 +22,7 @@ class Canvas:
     Attributes:
         tokens (`torch.LongTensor` of shape `(B, S)`): [MASK] where nothing is decided yet.
         attention_mask (`torch.BoolTensor` of shape `(B, S)`): False for padding.
+        position_ids (`torch.LongTensor` of shape `(B, S)`): counts the tokens of a row, padding left out.
         given (`torch.BoolTensor` of shape `(B, S)`): True for the tokens that the caller gave.
         live (`torch.BoolTensor` of shape `(B,)`): True for rows that are not finished.
         ends (`torch.LongTensor` of shape `(B,)`): the column after the last token of a finished row.
@@ -35,6 +36,7 @@ class Canvas:
         self.mask_token_id = mask_token_id
         self.tokens = input_ids.clone()
         self.attention_mask = attention_mask
+        self.position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         self.given = attention_mask & (input_ids != mask_token_id)
         self.live = torch.ones(batch_size, dtype=torch.bool, device=input_ids.device)
         self.ends = torch.zeros(batch_size, dtype=torch.long, device=input_ids.device)
@@ -56,6 +58,8 @@ class Canvas:
         """Adds `count` masked columns on the right."""
         self.tokens = F.pad(self.tokens, (0, count), value=self.mask_token_id)
         self.attention_mask = F.pad(self.attention_mask, (0, count), value=True)
+        last, steps = self.position_ids[:, -1:], torch.arange(1, count + 1, device=self.tokens.device)
+        self.position_ids = torch.cat([self.position_ids, last + steps], dim=-1)
         self.given = F.pad(self.given, (0, count), value=False)
         self.commit_steps = F.pad(self.commit_steps, (0, count), value=0)
         self.commit_confidences = F.pad(self.commit_confidences, (0, count), value=torch.nan)
@@ -71,29 +75,28 @@ class Canvas:
         """All masks in columns `start:end` behind the prompt."""
         return Block(start, end, self.masked[:, start:end])
 
-    def undecided_rows(self, block: Block) -> torch.LongTensor:
-        """Indices of the live rows that still have masks in the block."""
-        undecided = block.active & (self.tokens[:, block.start : block.end] == self.mask_token_id)
-        return (self.live & undecided.any(-1)).nonzero().squeeze(-1)
+    def undecided(self, block: Block) -> torch.BoolTensor:
+        """(B, W): the masks of the block that are still to be decided, in rows that are not finished."""
+        is_mask = self.tokens[:, block.start : block.end] == self.mask_token_id
+        return block.active & is_mask & self.live.unsqueeze(-1)
 
     def commit(
         self,
         rows: torch.LongTensor,
-        block: Block,
-        proposals: torch.LongTensor,
+        positions: tuple[torch.LongTensor, torch.LongTensor],
+        tokens: torch.LongTensor,
+        confidences: torch.Tensor,
         committed: torch.BoolTensor,
-        confidence: torch.Tensor,
     ):
-        """Writes the committed proposals, (R, W) over rows and columns, and records their step and confidence."""
-        columns = slice(block.start, block.end)
+        """Counts a pass of `rows` (R,), and writes its tokens (M,) where `committed` (M,), with step and confidence.
+
+        `positions` are the rows and columns (M,) of the masks that were predicted.
+        """
         self.num_forward_passes[rows] += 1
-        steps = self.num_forward_passes[rows].unsqueeze(-1)
-        confidence = confidence.to(self.commit_confidences.dtype)
-        self.tokens[rows, columns] = torch.where(committed, proposals, self.tokens[rows, columns])
-        self.commit_steps[rows, columns] = torch.where(committed, steps, self.commit_steps[rows, columns])
-        self.commit_confidences[rows, columns] = torch.where(
-            committed, confidence, self.commit_confidences[rows, columns]
-        )
+        self.tokens[positions] = torch.where(committed, tokens, self.mask_token_id)
+        self.commit_steps[positions] = torch.where(committed, self.num_forward_passes[positions[0]], 0)
+        confidences = confidences.to(self.commit_confidences.dtype)
+        self.commit_confidences[positions] = torch.where(committed, confidences, torch.nan)
 
     def finish(self, finished: torch.BoolTensor, ends: torch.LongTensor):
         """Finishes the rows of `finished` (B,), whose texts end before the columns `ends` (B,). The least counts."""
@@ -104,10 +107,12 @@ class Canvas:
         """Finishes the rows in which everything before the first EOS of the response is decided."""
         if self.length == self.prompt_length:
             return
-        is_eos = torch.isin(self.tokens[:, self.prompt_length :], eos_token_ids)
-        first_eos = self.prompt_length + is_eos.int().argmax(-1)
-        before_eos = torch.arange(self.length, device=self.tokens.device) < first_eos.unsqueeze(-1)
-        self.finish(is_eos.any(-1) & ~(self.masked & before_eos).any(-1), first_eos + 1)
+        response = self.tokens[:, self.prompt_length :]  # the prompt's blanks are decided before it
+        is_eos = torch.isin(response, eos_token_ids)
+        is_after_mask = (response == self.mask_token_id).cumsum(-1) > 0
+        first_eos = is_eos.int().argmax(-1, keepdim=True)
+        is_settled = is_eos.any(-1) & ~is_after_mask.gather(-1, first_eos).squeeze(-1)
+        self.finish(is_settled, self.prompt_length + first_eos.squeeze(-1) + 1)
 
     def settled_length(self, row: int) -> int:
         """Columns of a row that will not change: up to its end, its first mask, or the whole canvas."""

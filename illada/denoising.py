@@ -1,4 +1,4 @@
-"""One denoising step: predict the masks of a block from the whole canvas, propose tokens, commit some of them."""
+"""One denoising step: predict the masks of a block, propose tokens, commit some of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from transformers.generation import LogitsProcessorList
 
 from .canvas import Block, Canvas
 from .generation_config import MaskedDiffusionGenerationConfig
+from .prediction import Predictor
 from .remasking import (
     RANKINGS,
+    Prediction,
     commit_by_entropy_bound,
     commit_by_factor,
     commit_by_quota,
     commit_by_threshold,
-    entropy,
-    token_probability,
 )
 
 
@@ -42,120 +42,123 @@ class DenoisingStep:
 
 
 PositionProcessor = Callable[[torch.LongTensor, torch.LongTensor, torch.LongTensor, torch.Tensor], torch.Tensor]
-"""Changes logits (M, V) knowing where they stand: (tokens (R, S), rows (M,), columns (M,), logits) -> logits."""
+"""Changes logits (M, V) knowing where they stand: (tokens (B, S), rows (M,), columns (M,), logits) -> logits."""
 
 
 class Denoiser:
     """Runs denoising steps on a canvas.
 
     Args:
-        model: called as `model(input_ids, attention_mask, position_ids, logits_to_keep)`.
+        predictor ([`Predictor`]): gives the logits of masked positions of the canvas.
         canvas ([`Canvas`]): read and written.
         config ([`MaskedDiffusionGenerationConfig`]): with every field set.
         processors (`LogitsProcessorList`): applied to logits before confidence is taken.
         warpers (`LogitsProcessorList`): applied to what is sampled from, after confidence is taken.
         position_processors (`list` of [`PositionProcessor`]): applied after `processors`.
         generator (`torch.Generator`, *optional*): source of the noise.
+        listeners (`list` of `Callable`): each is called with the [`DenoisingStep`] after a step.
     """
 
     def __init__(
         self,
-        model,
+        predictor: Predictor,
         canvas: Canvas,
         config: MaskedDiffusionGenerationConfig,
         processors: LogitsProcessorList,
         warpers: LogitsProcessorList,
         position_processors: list[PositionProcessor],
         generator: torch.Generator | None,
+        listeners: list[Callable[[DenoisingStep], None]],
     ):
-        self.model, self.canvas, self.config = model, canvas, config
+        self.predictor, self.canvas, self.config = predictor, canvas, config
         self.processors, self.warpers, self.position_processors = processors, warpers, position_processors
-        self.generator = generator
-        self.is_guided = config.guidance_scale not in (None, 1)
+        self.generator, self.listeners = generator, listeners
         self.eos_token_ids = torch.tensor(config.eos_token_ids, dtype=torch.long, device=canvas.tokens.device)
-        self.is_padded = not bool(canvas.attention_mask.all())
 
-    def __call__(self, block: Block, rows: torch.LongTensor, quota: torch.LongTensor) -> DenoisingStep:
-        """Predicts the block's masks in `rows` (R,) with one forward pass and commits at least `quota` (R,)."""
-        canvas, columns = self.canvas, slice(block.start, block.end)
-        masked = canvas.masked[rows, columns] & block.active[rows]
-        logits = self._process(rows, block.start, masked, self._predict(rows, block, masked))
-        tokens = self._propose(rows, masked, logits)
+    def __call__(self, block: Block, quota: torch.LongTensor) -> bool:
+        """Predicts the block's masks with one forward pass and commits at least `quota` (B,) of each row.
 
-        probability = token_probability(logits, tokens)
-        confidence = _scatter(probability, masked, torch.nan)
-        committed = self._select(logits, tokens, probability, masked, quota)
-        proposals = canvas.tokens[rows, columns].masked_scatter(masked, tokens)
-        canvas.commit(rows, block, proposals, committed, confidence)
-        return DenoisingStep(rows, block.start, block.end, canvas.tokens[rows], proposals, committed, confidence)
+        Returns whether there was a mask in a live row.
+        """
+        undecided = self.canvas.undecided(block).cpu()  # the one time that a step waits for the device
+        rows = undecided.any(-1).nonzero().squeeze(-1)
+        if len(rows) == 0:
+            return False
+        rows = self.predictor.seat(rows)
+        masked = undecided[rows]
+        rows, masked, row_index, column = (
+            tensor.to(quota.device) for tensor in (rows, masked, *masked.nonzero(as_tuple=True))
+        )
+        positions = (rows[row_index], block.start + column)
 
-    def _predict(self, rows: torch.LongTensor, block: Block, masked: torch.BoolTensor) -> torch.Tensor:
-        """Logits (M, V) of the masked positions, in row-major order and at least fp32."""
-        tokens, attention_mask = self.canvas.tokens[rows], self.canvas.attention_mask[rows]
-        read = torch.zeros_like(attention_mask)
-        read[:, block.start : block.end] = masked
-        if self.is_guided:
-            unconditional = tokens.masked_fill(self.canvas.given[rows], self.canvas.mask_token_id)
-            tokens, read = torch.cat([tokens, unconditional]), torch.cat([read, read])
-            attention_mask = torch.cat([attention_mask, attention_mask])
-        logits = self.model(
-            input_ids=tokens,
-            attention_mask=attention_mask.long() if self.is_padded else None,
-            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
-            logits_to_keep=read,
-        ).logits
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.is_guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = unconditional + self.config.guidance_scale * (conditional - unconditional)
-        return logits
+        logits = self._process(positions, self.predictor(row_index, positions[1]))
+        prediction = Prediction(logits, self._propose(positions, logits))
+        committed = self._select(prediction, masked, quota[rows])
+        self.canvas.commit(rows, positions, prediction.tokens, prediction.probability, committed[row_index, column])
+        if self.listeners:
+            self._tell(block, rows, masked, prediction, committed)
+        return True
 
-    def _process(
-        self, rows: torch.LongTensor, start: int, masked: torch.BoolTensor, logits: torch.Tensor
-    ) -> torch.Tensor:
+    def _process(self, positions: tuple[torch.LongTensor, torch.LongTensor], logits: torch.Tensor) -> torch.Tensor:
         """The logits that confidence is taken from; [MASK] itself is never a prediction."""
         if self.processors:
-            logits = self.processors(self._canvas_per_mask(rows, masked), logits)
-        if self.position_processors:
-            row_index, column = masked.nonzero(as_tuple=True)
-            for process in self.position_processors:
-                logits = process(self.canvas.tokens[rows], row_index, start + column, logits)
+            logits = self.processors(self._canvas_per_mask(positions), logits)
+        for process in self.position_processors:
+            logits = process(self.canvas.tokens, *positions, logits)
         logits[:, self.canvas.mask_token_id] = -torch.inf
         return logits
 
-    def _propose(self, rows: torch.LongTensor, masked: torch.BoolTensor, logits: torch.Tensor) -> torch.LongTensor:
+    def _propose(self, positions: tuple[torch.LongTensor, torch.LongTensor], logits: torch.Tensor) -> torch.LongTensor:
         """A token (M,) for every masked position: the likeliest, or a sample."""
         if not self.config.do_sample:
             return logits.argmax(-1)
         if self.warpers:
-            logits = self.warpers(self._canvas_per_mask(rows, masked), logits)
+            logits = self.warpers(self._canvas_per_mask(positions), logits)
         return torch.multinomial(logits.softmax(-1), 1, generator=self.generator).squeeze(-1)
 
-    def _canvas_per_mask(self, rows: torch.LongTensor, masked: torch.BoolTensor) -> torch.LongTensor:
+    def _canvas_per_mask(self, positions: tuple[torch.LongTensor, torch.LongTensor]) -> torch.LongTensor:
         """(M, S): for each masked position the canvas of its row, in which padding reads as [MASK]."""
-        tokens = self.canvas.tokens[rows].masked_fill(~self.canvas.attention_mask[rows], self.canvas.mask_token_id)
-        return tokens.repeat_interleave(masked.sum(-1), dim=0)
+        canvas = self.canvas
+        return canvas.tokens.masked_fill(~canvas.attention_mask, canvas.mask_token_id)[positions[0]]
 
-    def _select(self, logits, tokens, probability, masked, quota) -> torch.BoolTensor:
+    def _select(self, prediction: Prediction, masked: torch.BoolTensor, quota: torch.LongTensor) -> torch.BoolTensor:
         """The positions (R, W) to commit: the quota of the best ranked, and what the parallel rule adds."""
         config = self.config
-        scores = RANKINGS[config.remasking](logits, probability, self.generator)
+        scores, probability = RANKINGS[config.remasking](prediction, self.generator), prediction.probability
         if config.defer_eos:
-            is_eos = torch.isin(tokens, self.eos_token_ids)
+            is_eos = torch.isin(prediction.tokens, self.eos_token_ids)
             scores = scores.masked_fill(is_eos, torch.finfo(scores.dtype).min)
             probability = probability.masked_fill(is_eos, 0)
         committed = commit_by_quota(_scatter(scores, masked, -torch.inf), masked, quota)
-        confidence = _scatter(probability, masked, 0)
         if config.confidence_threshold is not None:
-            committed |= commit_by_threshold(confidence, masked, config.confidence_threshold)
+            committed |= commit_by_threshold(_scatter(probability, masked, 0), masked, config.confidence_threshold)
         if config.confidence_factor is not None:
-            committed |= commit_by_factor(confidence, masked, config.confidence_factor)
+            committed |= commit_by_factor(_scatter(probability, masked, 0), masked, config.confidence_factor)
         if config.entropy_bound is not None:
-            entropies = entropy(logits)
+            entropies = prediction.entropy
             if config.defer_eos:
                 entropies = entropies.masked_fill(is_eos, torch.inf)
             committed |= commit_by_entropy_bound(_scatter(entropies, masked, torch.inf), masked, config.entropy_bound)
         return committed
+
+    def _tell(self, block, rows, masked, prediction: Prediction, committed: torch.BoolTensor):
+        """Calls the listeners, with the rows in the order of the batch."""
+        order = rows.argsort()
+        rows, masked, committed, tokens, confidence = (
+            tensor[order]
+            for tensor in (
+                rows,
+                masked,
+                committed,
+                _scatter(prediction.tokens, masked, 0),
+                _scatter(prediction.probability, masked, torch.nan),
+            )
+        )
+        canvas_tokens = self.canvas.tokens[rows]
+        proposals = torch.where(masked, tokens, canvas_tokens[:, block.start : block.end])
+        step = DenoisingStep(rows, block.start, block.end, canvas_tokens, proposals, committed, confidence)
+        for listener in self.listeners:
+            listener(step)
 
 
 def _scatter(values: torch.Tensor, masked: torch.BoolTensor, fill: float) -> torch.Tensor:

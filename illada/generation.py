@@ -27,6 +27,7 @@ from .canvas import Block, Canvas
 from .denoising import Denoiser, DenoisingStep, PositionProcessor
 from .end_of_thinking import EndOfThinkingBoost
 from .generation_config import MaskedDiffusionGenerationConfig
+from .prediction import Predictor
 from .prompts import prepare_max_new_tokens, prepare_prompts
 from .remasking import commit_quotas
 from .revision import RevisionOutput, check_revision, least_likely, leave_one_out_confidences
@@ -81,7 +82,8 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
 
         1. Prepare the settings, the prompts (a [MASK] in a prompt is a blank to fill) and the canvas.
         2. For each block of the schedule, until every row is finished:
-            a. while a live row has masks in the block, predict them from the whole canvas,
+            a. while a live row has masks in the block, predict them from the whole canvas (with a `block_cache`, from
+               the block over cached keys and values of the rest),
             b. commit the quota of the surest predictions, and what a parallel rule adds; the rest stays masked,
             c. finish the rows in which everything before the first EOS is decided,
             d. at the end of the block, ask the stopping criteria and stream what is settled.
@@ -147,21 +149,21 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
         position_processors = self._prepare_position_processors(config, input_ids.shape[1], max_new_tokens)
         eos_token_ids = torch.tensor(config.eos_token_ids, dtype=torch.long, device=input_ids.device)
         canvas = Canvas(input_ids, attention_mask, config.mask_token_id)
-        denoise = Denoiser(self, canvas, config, processors, warpers, position_processors, generator)
         settled_text = _SettledText(streamer, canvas)
+        listeners = [settled_text.stream_draft] if hasattr(streamer, "put_draft") else []
+        if on_step is not None:
+            listeners.append(on_step)
+        predictor = Predictor(self, canvas, config, input_ids.shape[1] + max_new_tokens)
+        denoise = Denoiser(predictor, canvas, config, processors, warpers, position_processors, generator, listeners)
 
         # 2. Blocks
         for block in _schedule(canvas, config, max_new_tokens):
             settled_text.stream()
+            predictor.begin(block)
             quotas = commit_quotas(block.active.sum(-1), config.max_denoising_steps or config.block_length)
             for quota in quotas.unbind(-1):
-                rows = canvas.undecided_rows(block)
-                if len(rows) == 0:
+                if not denoise(block, quota):
                     break
-                step = denoise(block, rows, quota[rows])
-                settled_text.stream_draft(step)
-                if on_step is not None:
-                    on_step(step)
                 canvas.finish_at_eos(eos_token_ids)
             _finish_at_stop(canvas, block, stopping_criteria)
             if not canvas.live.any():
@@ -418,8 +420,7 @@ class _SettledText:
             self.streamed = settled
 
     def stream_draft(self, step: DenoisingStep):
-        if hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(step.proposals[0].cpu())
+        self.streamer.put_draft(step.proposals[0].cpu())
 
     def end(self):
         if self.streamer is not None:

@@ -8,6 +8,7 @@ from transformers.generation import GenerationConfig
 from .remasking import RANKINGS
 
 CANVASES = ("growing", "fixed")
+BLOCK_CACHES = ("prefix", "dual")
 PARALLEL_RULES = ("confidence_threshold", "confidence_factor", "entropy_bound")
 
 PRESETS: dict[str, dict] = {
@@ -16,6 +17,9 @@ PRESETS: dict[str, dict] = {
         "confidence_threshold": None,
         "confidence_factor": None,
         "entropy_bound": None,
+        "block_cache": None,
+        "cache_refresh_interval": None,
+        "compile": None,
     },
     "fast": {"confidence_threshold": 0.9},
 }
@@ -112,6 +116,15 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         defer_eos (`bool`, defaults to `False`):
             Commit a proposed EOS only when nothing else of the block is left to commit (LLaDA's
             `confidence_eos_eot_inf`, for models whose training padded answers with EOS).
+        block_cache (`str`, *optional*):
+            Between the first step of a block and its last, keep keys and values as they were at the first, and
+            recompute the block alone (`"dual"`), or the block and what follows it (`"prefix"`; on a growing canvas
+            nothing does). Approximate. Without it every step computes the whole canvas.
+        cache_refresh_interval (`int`, *optional*):
+            With a `block_cache`, also compute the whole canvas at every so many steps of a block; 1 is exact.
+        compile (`bool`, *optional*):
+            With a `block_cache`, compile the forward pass of a block once, for one shape, and use it in later calls
+            of that shape; as a CUDA graph on a GPU. `compile_config` sets how.
         mask_token_id (`int`, defaults to the model config's):
             Id of [MASK].
         end_think_token_ids (`list[int]`, *optional*):
@@ -136,6 +149,9 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         self.confidence_factor: float | None = kwargs.pop("confidence_factor", None)
         self.entropy_bound: float | None = kwargs.pop("entropy_bound", None)
         self.defer_eos: bool | None = kwargs.pop("defer_eos", None)
+        self.block_cache: str | None = kwargs.pop("block_cache", None)
+        self.cache_refresh_interval: int | None = kwargs.pop("cache_refresh_interval", None)
+        self.compile: bool | None = kwargs.pop("compile", None)
         self.mask_token_id: int | None = kwargs.pop("mask_token_id", None)
         self.end_think_token_ids: list[int] | None = kwargs.pop("end_think_token_ids", None)
         self.end_think_boost: float | None = kwargs.pop("end_think_boost", None)
@@ -238,6 +254,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
                 "Transformers reads no file with it."
             )
         self._check_parallel_rules()
+        self._check_block_cache()
         self._check_mask_id()
         if self.end_think_boost and not self.end_think_token_ids:
             raise ValueError(
@@ -254,12 +271,14 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
                 )
         for name in ("max_length", "block_length", "max_denoising_steps", "num_return_sequences"):
             self._check_integer(name, minimum=1)
+        self._check_integer("cache_refresh_interval", minimum=1)
         for name in ("max_new_tokens", "min_length", "min_new_tokens", "top_k", "mask_token_id", "pad_token_id"):
             self._check_integer(name, minimum=0)
-        for name in ("defer_eos", "do_sample", "output_trace", "return_dict_in_generate"):
+        for name in ("compile", "defer_eos", "do_sample", "output_trace", "return_dict_in_generate"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         self._check_choice("canvas", CANVASES)
+        self._check_choice("block_cache", BLOCK_CACHES)
         self._check_choice("remasking", tuple(RANKINGS))
         for name in ("confidence_threshold", "typical_p"):
             self._check_number(name, "in (0, 1]", lambda value: 0 < value <= 1)
@@ -295,6 +314,11 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         if len(values) > 1:
             names = ", ".join(f"`{name}`" for name in PARALLEL_RULES)
             raise ValueError(f"At most one of {names} may be set, got {values}.")
+
+    def _check_block_cache(self):
+        for name in ("cache_refresh_interval", "compile"):
+            if self.block_cache is None and getattr(self, name):
+                raise ValueError(f"`{name}`={getattr(self, name)} must come with `block_cache`, got None.")
 
     def _check_token_ids(self, name: str):
         value = getattr(self, name)

@@ -186,13 +186,17 @@ def masked_diffusion_loss(
     return losses.sum() / num_items
 
 
-def _states_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+def _states_to_keep(
+    hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
     """The hidden states whose logits are made; `transformers` has this as a function only in later versions."""
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:]  # -0 is all of them
-    if logits_to_keep.dtype == torch.bool:
-        return hidden_states[logits_to_keep]
-    return hidden_states[:, logits_to_keep]
+    device = hidden_states.device  # that of the last layer, which may not be that of the inputs
+    if isinstance(logits_to_keep, tuple):
+        return hidden_states[tuple(index.to(device) for index in logits_to_keep)]
+    logits_to_keep = logits_to_keep.to(device)
+    return hidden_states[logits_to_keep] if logits_to_keep.dtype == torch.bool else hidden_states[:, logits_to_keep]
 
 
 class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
@@ -225,7 +229,7 @@ class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         loss_weights: torch.Tensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | torch.Tensor | tuple[torch.Tensor, torch.Tensor] = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> MaskedLMOutput:
@@ -244,18 +248,18 @@ class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
             loss_weights (`torch.FloatTensor` of shape `(B, S)`, *optional*):
                 Weight of each position's cross-entropy: 1/t where the input is masked and 0 elsewhere for the
                 published objective. 1 everywhere if absent. A position of weight 0 costs nothing.
-            logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
-                Positions whose logits are made: 0 for all, `n` for the last `n`, a 1-D tensor of indices, or a
-                boolean `(B, S)` mask. Not used when `labels` are given.
+            logits_to_keep (`int`, `torch.Tensor` or pair of tensors, defaults to 0):
+                Positions whose logits are made: 0 for all, `n` for the last `n`, a 1-D tensor of indices, a boolean
+                `(B, S)` mask, or rows and columns `(M,)` each. Not used when `labels` are given.
             num_items_in_batch (`int` or 0-d `torch.Tensor`, *optional*):
                 Divisor `N` of the loss. If absent `B * S`, the published normalisation; the Trainer passes the number
                 of labelled positions in all micro-batches of all processes, so that accumulation is exact.
 
         Returns:
             `MaskedLMOutput`: `logits` of shape `(B, S, V)`; `(B, n, V)` for an integer or index `logits_to_keep`;
-            `(M, V)` for a boolean one, a row per selected position in row-major order. With `labels`, `loss` is that
-            of [`masked_diffusion_loss`] and `logits` are `(M, V)`: the positions with a label and a weight (evaluate
-            with `prediction_loss_only=True` in a Trainer, since they do not align with `labels`).
+            `(M, V)` for a boolean one, a row per selected position in row-major order, and for a pair. With `labels`,
+            `loss` is that of [`masked_diffusion_loss`] and `logits` are `(M, V)`: the positions with a label and a
+            weight (evaluate with `prediction_loss_only=True` in a Trainer, since they do not align with `labels`).
         """
         outputs = self.model(
             input_ids=input_ids,

@@ -4,15 +4,50 @@ A step proposes a token for every masked position of the active block. A *rankin
 proposal; a *rule* says which of them are committed. What is not committed stays masked, and is predicted again in the
 next step with more context. Everything here is a pure function of tensors.
 
-Rankings see logits of shape (M, V), at least fp32, one row per masked position. Rules see dense tensors (B, W) over
+Rankings see a [`Prediction`], which has one row per masked position. Rules see dense tensors (B, W) over
 the columns of a block, where `masked` marks the positions that are still to be decided, and return a boolean (B, W),
 a subset of `masked`. Of equal scores the lower position goes first.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+
+
+class Prediction:
+    """What the model says of M masked positions; what follows from it is computed when asked for, and once.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(M, V)`): at least fp32.
+        tokens (`torch.LongTensor` of shape `(M,)`): the proposals.
+    """
+
+    def __init__(self, logits: torch.Tensor, tokens: torch.LongTensor):
+        self.logits, self.tokens = logits, tokens
+
+    @cached_property
+    def log_normalizer(self) -> torch.Tensor:
+        """`log sum_v exp(logit_v)`, of shape (M,): probabilities follow from it without a softmax of all tokens."""
+        return self.logits.logsumexp(-1)
+
+    @cached_property
+    def probability(self) -> torch.Tensor:
+        """Probability of the proposed token, `softmax(logits)[token]`, of shape (M,) and in [0, 1]."""
+        chosen = self.logits.gather(-1, self.tokens.unsqueeze(-1)).squeeze(-1)
+        return (chosen - self.log_normalizer).exp()
+
+    @cached_property
+    def margin(self) -> torch.Tensor:
+        """Probability of the likeliest token minus that of the second, of shape (M,)."""
+        best_two = (self.logits.topk(2, dim=-1).values - self.log_normalizer.unsqueeze(-1)).exp()
+        return best_two[:, 0] - best_two[:, 1]
+
+    @cached_property
+    def entropy(self) -> torch.Tensor:
+        """Entropy in nats, of shape (M,)."""
+        return entropy(self.logits)
 
 
 def token_probability(logits: torch.Tensor, tokens: torch.LongTensor) -> torch.Tensor:
@@ -22,8 +57,7 @@ def token_probability(logits: torch.Tensor, tokens: torch.LongTensor) -> torch.T
         logits (`torch.FloatTensor` of shape `(M, V)`).
         tokens (`torch.LongTensor` of shape `(M,)`): the proposals.
     """
-    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return (chosen - logits.logsumexp(-1)).exp()
+    return Prediction(logits, tokens).probability
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
@@ -31,35 +65,33 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
-def rank_by_low_confidence(logits: torch.Tensor, probability: torch.Tensor, generator: torch.Generator | None):
+def rank_by_low_confidence(prediction: Prediction, generator: torch.Generator | None) -> torch.Tensor:
     """LLaDA's low-confidence remasking (arXiv 2502.09992): the least probable proposals stay masked."""
-    return probability
+    return prediction.probability
 
 
-def rank_at_random(logits: torch.Tensor, probability: torch.Tensor, generator: torch.Generator | None):
+def rank_at_random(prediction: Prediction, generator: torch.Generator | None) -> torch.Tensor:
     """LLaDA's random remasking, the literal reverse process: every masked position has the same chance."""
-    return torch.rand(probability.shape, generator=generator, device=logits.device)
+    return torch.rand(prediction.tokens.shape, generator=generator, device=prediction.tokens.device)
 
 
-def rank_by_margin(logits: torch.Tensor, probability: torch.Tensor, generator: torch.Generator | None):
+def rank_by_margin(prediction: Prediction, generator: torch.Generator | None) -> torch.Tensor:
     """Probability of the likeliest token minus that of the second (Dream, arXiv 2508.15487: `topk_margin`)."""
-    best_two = (logits.topk(2, dim=-1).values - logits.logsumexp(-1, keepdim=True)).exp()
-    return best_two[:, 0] - best_two[:, 1]
+    return prediction.margin
 
 
-def rank_by_entropy(logits: torch.Tensor, probability: torch.Tensor, generator: torch.Generator | None):
+def rank_by_entropy(prediction: Prediction, generator: torch.Generator | None) -> torch.Tensor:
     """Negative entropy of the prediction: the narrowest distribution goes first (Dream: `entropy`)."""
-    return -entropy(logits)
+    return -prediction.entropy
 
 
-RANKINGS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Generator | None], torch.Tensor]] = {
+RANKINGS: dict[str, Callable[[Prediction, torch.Generator | None], torch.Tensor]] = {
     "low_confidence": rank_by_low_confidence,
     "random": rank_at_random,
     "margin": rank_by_margin,
     "entropy": rank_by_entropy,
 }
-"""What `remasking` may name: functions of (logits, probability (M,) of the proposals, generator) that return
-scores (M,)."""
+"""What `remasking` may name: functions of a prediction and the source of noise that return scores (M,)."""
 
 
 def commit_quotas(num_masked: torch.LongTensor, num_steps: int) -> torch.LongTensor:

@@ -51,6 +51,7 @@ def leave_one_out_confidences(
         `torch.FloatTensor` of shape `(B, S)`, NaN where not asked.
     """
     confidences = torch.full(tokens.shape, torch.nan, device=tokens.device)
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     rank = asked.cumsum(-1) - 1
     most = int(asked.sum(-1).max())
     num_passes = min(num_passes or most, most)
@@ -58,8 +59,8 @@ def leave_one_out_confidences(
         masked = asked & (rank % num_passes == index)
         logits = model(
             input_ids=tokens.masked_fill(masked, mask_token_id),
-            attention_mask=attention_mask.long(),
-            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
             logits_to_keep=masked,
         ).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -21,7 +21,10 @@ def test_there_are_blocks_to_run():
     assert len(python_blocks(ROOT / "docs" / "generation.md")) >= 5
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/evaluation.md", "docs/generation.md", "docs/training.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "docs/evaluation.md", "docs/generation.md", "docs/performance.md", "docs/training.md"],
+)
 def test_python_blocks_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     from transformers import AutoModelForCausalLM, AutoTokenizer

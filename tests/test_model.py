@@ -163,6 +163,8 @@ def test_logits_to_keep(tiny_model):
             tiny_model(input_ids, logits_to_keep=torch.tensor([1, 4])).logits, logits[:, [1, 4]]
         )
         torch.testing.assert_close(tiny_model(input_ids, logits_to_keep=keep).logits, logits[keep])
+        pair = (torch.tensor([1, 0, 1]), torch.tensor([4, 2, 0]))
+        torch.testing.assert_close(tiny_model(input_ids, logits_to_keep=pair).logits, logits[pair])
 
 
 def test_attention_sees_both_directions_and_no_padding(tiny_model):

@@ -9,6 +9,7 @@ from tiny_models import TableModel, prompt_of, table_of
 
 from illada.remasking import (
     RANKINGS,
+    Prediction,
     commit_by_entropy_bound,
     commit_by_factor,
     commit_by_quota,
@@ -273,8 +274,8 @@ def test_token_probability():
 def test_rankings_are_of_the_proposal_or_of_the_distribution():
     # Probabilities .5 .3 .2, the proposal is the third token, as sampling may give.
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    probability = token_probability(logits, torch.tensor([2]))
-    scores = {name: rank(logits, probability, None).item() for name, rank in RANKINGS.items()}
+    prediction = Prediction(logits, torch.tensor([2]))
+    scores = {name: rank(prediction, None).item() for name, rank in RANKINGS.items()}
     assert scores["low_confidence"] == pytest.approx(0.2)
     assert scores["margin"] == pytest.approx(0.5 - 0.3)
     assert scores["entropy"] == pytest.approx(0.5 * math.log(0.5) + 0.3 * math.log(0.3) + 0.2 * math.log(0.2))

@@ -12,17 +12,22 @@ from illada import ILLaDAConfig, ILLaDAForCausalLM, ILLaDAPreTrainedModel, Maske
 BOS, PAD, EOS, MASK = 0, 1, 2, 5
 
 
-def random_model(seed: int, vocab_size: int = 37, dtype: torch.dtype = torch.float64) -> ILLaDAForCausalLM:
-    """A one-layer model with weights so large that every token depends on every other, and EOS comes now and then."""
+def random_model(
+    seed: int, vocab_size: int = 37, dtype: torch.dtype = torch.float64, num_layers: int = 1, **settings
+) -> ILLaDAForCausalLM:
+    """A small model with weights so large that every token depends on every other, and EOS comes now and then."""
     config = ILLaDAConfig(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
+        **{
+            "vocab_size": vocab_size,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": False,
+            **settings,
+        }
     )
     model = ILLaDAForCausalLM(config).to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
