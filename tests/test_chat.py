@@ -73,9 +73,7 @@ def test_options_reach_generate(checkpoint, model_and_tokenizer):
     by_option = converse(checkpoint, ["ab"], "--system", "y")
     messages = [{"role": "system", "content": "y"}, {"role": "user", "content": "ab"}]
     assert by_option.stdout.strip() == reply_to(*model_and_tokenizer, messages)
-    sampled = [
-        converse(checkpoint, ["ab"], "--temperature", "9", "--seed", seed).stdout for seed in ("1", "1", "2")
-    ]
+    sampled = [converse(checkpoint, ["ab"], "--temperature", "9", "--seed", seed).stdout for seed in ("1", "1", "2")]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
