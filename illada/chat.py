@@ -56,12 +56,6 @@ class Chat:
         while True:
             try:
                 line = input("> " if is_terminal else "").strip()
-                if line == "/exit":
-                    return
-                if line.startswith("/"):
-                    self.obey(line)
-                elif line:
-                    print(self.answer(line))
             except EOFError:
                 if is_terminal:
                     print()
@@ -70,6 +64,18 @@ class Chat:
                 if not is_terminal:
                     raise
                 print("\nInterrupted; /exit leaves.")
+                continue
+            if line == "/exit":
+                return
+            try:
+                if line.startswith("/"):
+                    self.obey(line)
+                elif line:
+                    print(self.answer(line))
+            except KeyboardInterrupt:
+                if not is_terminal:
+                    raise
+                print("Interrupted; /exit leaves.")
             except (ValueError, OSError) as error:
                 print(f"illada: {' '.join(str(error).split())}", file=sys.stderr)
 

@@ -16,6 +16,7 @@ from .blanks import encode_with_blanks, spell_blanks
 from .chat import Chat
 from .conversion.cli import convert, export
 from .evaluation.cli import CONTEXT_SETTINGS, evaluate
+from .generation_config import MaskedDiffusionGenerationConfig
 from .live import is_live, run_generate
 from .options import (
     DecodingOptions,
@@ -240,6 +241,7 @@ def chat(
     """
     settings = response.settings() | decoding.settings() | sampling.settings()
     model, tokenizer = checkpoint.load()
+    MaskedDiffusionGenerationConfig.merged(model.generation_config, None, **settings)  # refuses bad ones at once
     settings["generator"] = sampling.generator(model.device)
     Chat(model, tokenizer, settings, live=is_live(live), system=system).run()
 
@@ -255,16 +257,20 @@ def serve(
 
     Example: `illada serve --host 127.0.0.1 --port 8000`
     """
+    source = ModelOptions(model).source()
     try:
         from .serving import run_server
     except ImportError as error:
         raise ValueError(f"`illada serve` needs the extra: pip install 'illada[serve]' ({error}).") from error
-    run_server(ModelOptions(model).source(), context.args)
+    run_server(source, context.args)
 
 
 app.command()(convert)
 app.command()(export)
 app.command("eval", context_settings=CONTEXT_SETTINGS)(evaluate)
+
+for _registered in app.registered_commands:
+    _registered.epilog = EXIT_CODES
 
 
 def main():

@@ -1,7 +1,7 @@
 """`illada serve`: the server of `transformers serve`, with the models of this package.
 
-The server, its endpoints and its options are Transformers'. At its edge it is told what it cannot know of these models,
-and its answers to bad requests are made 4xx:
+The server, its endpoints and its options are Transformers'. At its edge it is told what it cannot know of these
+models, and its answers to bad requests are made 4xx:
 
 - It finds a class outside its own tables as an attribute of `transformers`, and lists the models of the Hub's cache
   alone: here one model is served, by its name.
@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 import transformers
 import typer
 from fastapi import HTTPException
+from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
 from pydantic import BaseModel, Field, ValidationError
 from transformers.cli.serve import Serve
@@ -76,14 +77,18 @@ class _Conversation(BaseModel):
 
 
 class _Handler:
-    """Answers 400 and the reason to what the handler, the chat template or `generate` refuses."""
+    """Answers 4xx and the reason, in OpenAI's form, to what the handler, the chat template or `generate` refuses."""
 
     async def handle_request(self, body: dict, request_id: str):
         try:
             return await super().handle_request(body, request_id)
-        except (ValueError, TypeError, LookupError, TemplateError) as error:
-            reason = f"no {error}" if isinstance(error, LookupError) else str(error)
-            raise HTTPException(400, detail=f"The request was refused: {reason}") from error
+        except HTTPException as error:
+            status, reason = error.status_code, error.detail
+        except LookupError as error:
+            status, reason = 400, f"The request has no {error}."
+        except (ValueError, TypeError, TemplateError) as error:
+            status, reason = 400, str(error)
+        return JSONResponse({"error": {"message": reason, "type": "invalid_request_error"}}, status)
 
     def _resolve_model(self, body: dict):
         name = self.model_manager.name

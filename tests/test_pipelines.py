@@ -1,4 +1,4 @@
-"""Transformers' pipelines: by default they give what `generate` gives, on this package's classes and on copied code."""
+"""Transformers' pipelines: by default what `generate` gives, on this package's classes and on copied code."""
 
 import json
 import os
