@@ -46,7 +46,8 @@ def entry(title: str, value, indent: str = "") -> str:
     """One item of the page; values that are no functions have no signature, nor have classes that are settings."""
     is_function = inspect.isfunction(value)
     signature = f"({parameters(value)})" if is_function else ""
-    text = summary(value) if is_function or inspect.isclass(value) else f"`{type(value).__name__}`"
+    kind = "Path" if isinstance(value, Path) else type(value).__name__
+    text = summary(value) if is_function or inspect.isclass(value) else f"`{kind}`"
     return f"{indent}- **`{title}{signature}`** {text}".rstrip()
 
 

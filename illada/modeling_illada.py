@@ -73,6 +73,8 @@ def _file_and_name(of_class: type) -> str:
 
 
 class ILLaDAPreTrainedModel(LlamaPreTrainedModel):
+    """What the trunk and the model with a head share: their configuration and the initialisation of the release."""
+
     config: ILLaDAConfig
     config_class = ILLaDAConfig
     _no_split_modules = ["ILLaDADecoderLayer"]
