@@ -55,12 +55,13 @@ def test_the_reference_is_what_the_docstrings_say():
     assert not [line for line in page.splitlines() if line.lstrip().startswith("- **") and line.endswith("**")]
 
 
-def test_the_notebook_runs(tmp_path):
+def test_the_notebook_runs(tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat", reason="needs nbclient")
     nbclient = pytest.importorskip("nbclient", reason="needs nbclient")
     pytest.importorskip("ipykernel", reason="needs ipykernel")
     notebook = nbformat.read(ROOT / "examples" / "first_steps.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)  # committed without outputs
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the kernel's folder is another
     client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
