@@ -22,14 +22,14 @@ from typing import Annotated
 import torch
 import typer
 from exact_match import evaluate_examples, prompt_ids
-from illada.training.recipe import load_model, load_tokenizer, read_settings
-from illada.training.trainer import MaskedDiffusionTrainer
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 
 import illada  # noqa: F401, registers the diffusion model's class
 from illada.training.corpus import FAMILIES, Example, held_out_examples, training_examples
 from illada.training.data import CorpusWindows, encode, windows
+from illada.training.recipe import load_model, load_tokenizer, read_settings
+from illada.training.trainer import MaskedDiffusionTrainer
 
 app = typer.Typer(add_completion=False)
 

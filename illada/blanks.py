@@ -22,8 +22,26 @@ def encode_with_blanks(tokenizer: PreTrainedTokenizerBase, text: str, mask_token
     for index, piece in enumerate(pieces):
         if index % 2 == 0:
             input_ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
-        elif (length := int(piece or 1)) > 0:
-            input_ids += [mask_token_id] * length
         else:
-            raise ValueError(f"A blank must have at least one token, got {length} in {text!r}.")
+            input_ids += [mask_token_id] * _length(piece, text)
     return input_ids
+
+
+def spell_blanks(text: str, mask_token: str) -> str:
+    """`text` with each blank written as so many `mask_token`, for a tokenizer that knows it as one token.
+
+    Raises:
+        ValueError: if a blank has no tokens.
+    """
+
+    def spelled(blank: re.Match) -> str:
+        return mask_token * _length(blank[1], text)
+
+    return _BLANK.sub(spelled, text)
+
+
+def _length(digits: str | None, text: str) -> int:
+    length = int(digits or 1)
+    if length < 1:
+        raise ValueError(f"A blank must have at least one token, got {length} in {text!r}.")
+    return length

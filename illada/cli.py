@@ -2,263 +2,162 @@
 
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Annotated
 
-import huggingface_hub
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
-from . import EMBEDDED_MODEL
-from .blanks import encode_with_blanks
+from . import __version__
+from .blanks import encode_with_blanks, spell_blanks
+from .chat import Chat
 from .conversion.cli import convert, export
 from .demo.cli import demo
 from .evaluation.cli import CONTEXT_SETTINGS, evaluate
-from .generation import MaskedDiffusionGenerationMixin
-from .live import LiveDenoising
+from .generation_config import MaskedDiffusionGenerationConfig
+from .live import is_live, run_generate
+from .options import (
+    DecodingOptions,
+    JsonFlag,
+    LiveFlag,
+    ModelOption,
+    ModelOptions,
+    ResponseOptions,
+    SamplingOptions,
+    expand_options,
+)
 from .trace import check_trace_path, write_trace
 from .training.cli import train
 
+EXIT_CODES = "Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted."
+
 app = typer.Typer(
     name="illada",
-    help="Masked diffusion language models: generate, fill blanks, revise, convert, export, train, evaluate.",
-    epilog="Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted.",
+    help="Masked diffusion language models: generate, chat, fill blanks, revise, serve, train, evaluate, convert.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
 
-MODEL = Annotated[
-    str | None, typer.Option("--model", "-m", help="Checkpoint folder or Hub id.", show_default="the embedded model")
-]
-DEVICE = Annotated[str | None, typer.Option(help="Device, such as cpu, cuda or mps.", show_default="cuda if present")]
-DTYPE = Annotated[str, typer.Option(help="Weights' dtype: auto, float32, bfloat16 or float16.")]
-JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-LIVE = Annotated[
-    bool | None, typer.Option("--live/--no-live", help="Show the denoising.", show_default="on a terminal")
-]
-TRACE = Annotated[
+TraceOption = Annotated[
     Path | None,
     typer.Option(help="Write a page (.html) that plays the denoising, or a picture (.png).", show_default="off"),
 ]
-SEED = Annotated[int | None, typer.Option(help="Seed of the noise.", show_default="random")]
-PRESET = Annotated[str | None, typer.Option(help="exact or fast; other options override it.", show_default="none")]
-BLOCK_LENGTH = Annotated[int | None, typer.Option(help="Tokens decoded together.", show_default="the checkpoint's")]
-STEPS = Annotated[int | None, typer.Option(help="Denoising steps per block.", show_default="one per token")]
-REMASKING = Annotated[
-    str | None,
-    typer.Option(help="Ranking: low_confidence, random, margin or entropy.", show_default="low_confidence"),
-]
-THRESHOLD = Annotated[
-    float | None, typer.Option(help="Also commit every token of at least this confidence.", show_default="off")
-]
-FACTOR = Annotated[
-    float | None, typer.Option(help="Also commit n tokens while (n + 1)(1 - c_n) < factor.", show_default="off")
-]
-ENTROPY_BOUND = Annotated[
-    float | None, typer.Option(help="Also commit tokens up to this sum of entropies, in nats.", show_default="off")
-]
-TEMPERATURE = Annotated[float, typer.Option(help="Sample at this temperature; 0 is greedy.", min=0.0)]
-TOP_P = Annotated[float | None, typer.Option(help="Nucleus of the sampling.", show_default="off")]
-TOP_K = Annotated[int | None, typer.Option(help="Candidates of the sampling.", show_default="off")]
 
 
-def _load(model: str | None, device: str | None, dtype: str):
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    source = str(EMBEDDED_MODEL) if model is None else model
-    is_hub_id = not Path(source).exists() and re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", source)
-    if not is_hub_id and not Path(source, "config.json").exists():
-        raise ValueError(f"`--model` must be a checkpoint folder or a Hub id, got {source!r}: no config.json there.")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"`--dtype` must be auto, float32, bfloat16 or float16, got {dtype!r}.")
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except SafetensorError as error:
-        raise ValueError(f"A safetensors file of {source!r} is damaged: {error}.") from error
-    if not isinstance(loaded, MaskedDiffusionGenerationMixin):
-        raise ValueError(f"`--model` must be a masked diffusion model, got {source!r}: {type(loaded).__name__}.")
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+def _print_version(asked: bool):
+    if asked:
+        print(f"illada {__version__}")
+        raise typer.Exit
 
 
-def _set(**settings) -> dict:
-    """The settings that were given."""
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def _sampling(temperature: float, top_p: float | None, top_k: int | None) -> dict:
-    if temperature == 0:
-        if top_p is not None or top_k is not None:
-            raise ValueError(f"`--top-p` and `--top-k` need a `--temperature` above 0, got {temperature:g}: greedy.")
-        return {"do_sample": False}
-    return {"do_sample": True, "temperature": temperature, **_set(top_p=top_p, top_k=top_k)}
-
-
-def _denoise(
-    model, tokenizer, input_ids: list[int], live: bool | None, as_json: bool, seed: int | None, settings: dict
+@app.callback()
+def illada(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
 ):
-    """Runs `generate` on one prompt, shown live if asked, and returns its output."""
-    generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
-    call = {
-        "input_ids": torch.tensor([input_ids], device=model.device),
-        "generator": generator,
-        "tokenizer": tokenizer,
-        "return_dict_in_generate": True,
-        **settings,
-    }
-    if live is None:
-        live = sys.stdout.isatty() and not as_json
-    if live:
-        eos_token_ids = model.generation_config.eos_token_ids
-        with LiveDenoising(tokenizer, len(input_ids), eos_token_ids) as show:
-            return model.generate(on_step=show, **call)
-    return model.generate(**call)
+    pass
 
 
-def _print_result(text: str, output, as_json: bool):
+def _print_result(result: dict, output, as_json: bool):
     if not as_json:
-        print(text)
+        print(result["text"])
         return
     figures = {
-        "text": text,
         "num_forward_passes": int(output.num_forward_passes[0]),
         "tokens_per_forward": round(float(output.tokens_per_forward[0]), 3),
     }
-    print(json.dumps(figures, ensure_ascii=False))
+    print(json.dumps(result | figures, ensure_ascii=False))
 
 
 @app.command()
+@expand_options
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The message or the text to continue; - reads standard input.")],
-    model: MODEL = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Budget of the answer, in tokens.", show_default="the checkpoint's")
-    ] = None,
+    prompt: Annotated[
+        str, typer.Argument(help="The message or the text to continue; - reads standard input. May hold blanks.")
+    ],
+    checkpoint: ModelOptions,
+    response: ResponseOptions,
+    decoding: DecodingOptions,
+    sampling: SamplingOptions,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Use the chat template.", show_default="if the checkpoint has one"),
     ] = None,
-    canvas: Annotated[
-        str | None, typer.Option(help="growing (iLLaDA) or fixed (LLaDA).", show_default="the checkpoint's")
-    ] = None,
-    preset: PRESET = None,
-    block_length: BLOCK_LENGTH = None,
-    steps: STEPS = None,
-    remasking: REMASKING = None,
-    confidence_threshold: THRESHOLD = None,
-    confidence_factor: FACTOR = None,
-    entropy_bound: ENTROPY_BOUND = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance; 1 is none.", show_default="off")
-    ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")] = None,
-    temperature: TEMPERATURE = 0.0,
-    top_p: TOP_P = None,
-    top_k: TOP_K = None,
-    seed: SEED = None,
-    device: DEVICE = None,
-    dtype: DTYPE = "auto",
-    live: LIVE = None,
-    trace: TRACE = None,
-    as_json: JSON = False,
+    live: LiveFlag = None,
+    trace: TraceOption = None,
+    as_json: JsonFlag = False,
 ):
     """Answer a prompt, or continue a text, by iterative denoising.
 
     Example: `illada generate "Tom has 7 apples. He buys 5 more. How many apples does Tom have now?"`
+
+    Blanks of the prompt, written as for `illada infill`, are filled first; `--json` shows the filled prompt.
     """
     check_trace_path(trace)
+    settings = decoding.settings() | response.settings() | sampling.settings()
     prompt = sys.stdin.read() if prompt == "-" else prompt
     if not prompt.strip():
         raise ValueError(f"PROMPT must hold some text, got {prompt!r}.")
-    loaded, tokenizer = _load(model, device, dtype)
+    model, tokenizer = checkpoint.load()
+    text = spell_blanks(prompt, tokenizer.convert_ids_to_tokens(model.generation_config.mask_token_id))
     if chat if chat is not None else tokenizer.chat_template is not None:
         if tokenizer.chat_template is None:
             raise ValueError("`--chat` needs a checkpoint with a chat template, and this one has none.")
-        messages = [{"role": "user", "content": prompt}]
+        messages = [{"role": "user", "content": text}]
         input_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     else:
-        input_ids = tokenizer(prompt)["input_ids"]
-    settings = _set(
-        preset=preset,
-        max_new_tokens=max_new_tokens,
-        canvas=canvas,
-        block_length=block_length,
-        max_denoising_steps=steps,
-        remasking=remasking,
-        confidence_threshold=confidence_threshold,
-        confidence_factor=confidence_factor,
-        entropy_bound=entropy_bound,
-        guidance_scale=guidance_scale,
-        stop_strings=stop or None,
-        output_trace=trace is not None,
-    )
-    settings |= _sampling(temperature, top_p, top_k)
-    output = _denoise(loaded, tokenizer, input_ids, live, as_json, seed, settings)
+        input_ids = tokenizer(text)["input_ids"]
+    settings |= {"output_trace": trace is not None, "generator": sampling.generator(model.device)}
+    live = is_live(live) and not (as_json and live is None)
+    output = run_generate(model, tokenizer, input_ids, live, **settings)
     if trace is not None:
         write_trace(trace, tokenizer, output, first_column=len(input_ids))
-    text = tokenizer.decode(output.sequences[0, len(input_ids) :], skip_special_tokens=True)
-    _print_result(text.strip(), output, as_json)
+    written = tokenizer.batch_decode(
+        [output.sequences[0, : len(input_ids)], output.sequences[0, len(input_ids) :]], skip_special_tokens=True
+    )
+    filled = {"prompt": written[0]} if text != prompt or model.generation_config.mask_token_id in input_ids else {}
+    _print_result({"text": written[1].strip(), **filled}, output, as_json)
 
 
 @app.command()
+@expand_options
 def infill(
     text: Annotated[str, typer.Argument(help="Text with blanks: <[MASK]> is one token, <[MASK]*4> four.")],
-    model: MODEL = None,
-    preset: PRESET = None,
-    block_length: BLOCK_LENGTH = None,
-    steps: STEPS = None,
-    remasking: REMASKING = None,
-    confidence_threshold: THRESHOLD = None,
-    confidence_factor: FACTOR = None,
-    entropy_bound: ENTROPY_BOUND = None,
-    temperature: TEMPERATURE = 0.0,
-    top_p: TOP_P = None,
-    top_k: TOP_K = None,
-    seed: SEED = None,
-    device: DEVICE = None,
-    dtype: DTYPE = "auto",
-    live: LIVE = None,
-    trace: TRACE = None,
-    as_json: JSON = False,
+    checkpoint: ModelOptions,
+    decoding: DecodingOptions,
+    sampling: SamplingOptions,
+    live: LiveFlag = None,
+    trace: TraceOption = None,
+    as_json: JsonFlag = False,
 ):
     """Fill the blanks of a text in place; the rest of it never changes.
 
     Example: `illada infill "Tom has 3 pears and<[MASK]> cups. 3 + 4 = 7, so Tom has 7 things in all."`
     """
     check_trace_path(trace)
-    loaded, tokenizer = _load(model, device, dtype)
-    input_ids = encode_with_blanks(tokenizer, text, loaded.generation_config.mask_token_id)
-    settings = _set(
-        preset=preset,
-        max_new_tokens=0,
-        block_length=block_length,
-        max_denoising_steps=steps,
-        remasking=remasking,
-        confidence_threshold=confidence_threshold,
-        confidence_factor=confidence_factor,
-        entropy_bound=entropy_bound,
-        output_trace=trace is not None,
-    )
-    settings |= _sampling(temperature, top_p, top_k)
-    output = _denoise(loaded, tokenizer, input_ids, live, as_json, seed, settings)
+    settings = decoding.settings() | sampling.settings() | {"max_new_tokens": 0}
+    model, tokenizer = checkpoint.load()
+    input_ids = encode_with_blanks(tokenizer, text, model.generation_config.mask_token_id)
+    settings |= {"output_trace": trace is not None, "generator": sampling.generator(model.device)}
+    live = is_live(live) and not (as_json and live is None)
+    output = run_generate(model, tokenizer, input_ids, live, **settings)
     if trace is not None:
         write_trace(trace, tokenizer, output, first_column=0)
-    _print_result(tokenizer.decode(output.sequences[0], skip_special_tokens=True), output, as_json)
+    _print_result({"text": tokenizer.decode(output.sequences[0], skip_special_tokens=True)}, output, as_json)
 
 
 @app.command()
+@expand_options
 def revise(
     text: Annotated[str, typer.Argument(help="Finished text; - reads standard input.")],
-    model: MODEL = None,
+    checkpoint: ModelOptions,
+    sampling: SamplingOptions,
     fraction: Annotated[
         float | None, typer.Option(help="Share of the tokens to write anew.", show_default="0.1 without --threshold")
     ] = None,
@@ -266,13 +165,7 @@ def revise(
         float | None, typer.Option(help="Or: write anew every token less likely than this.", show_default="off")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Rounds of reading and writing anew.", min=1)] = 1,
-    seed: SEED = None,
-    temperature: TEMPERATURE = 0.0,
-    top_p: TOP_P = None,
-    top_k: TOP_K = None,
-    device: DEVICE = None,
-    dtype: DTYPE = "auto",
-    as_json: JSON = False,
+    as_json: JsonFlag = False,
 ):
     """Write anew the tokens of a text that the model finds least likely in their context.
 
@@ -281,14 +174,14 @@ def revise(
     text = sys.stdin.read() if text == "-" else text
     if not text.strip():
         raise ValueError(f"TEXT must hold some text, got {text!r}.")
-    loaded, tokenizer = _load(model, device, dtype)
-    output = loaded.revise(
-        torch.tensor([tokenizer(text)["input_ids"]], device=loaded.device),
+    model, tokenizer = checkpoint.load()
+    output = model.revise(
+        torch.tensor([tokenizer(text)["input_ids"]], device=model.device),
         fraction=0.1 if fraction is None and threshold is None else fraction,
         threshold=threshold,
         num_rounds=rounds,
-        generator=None if seed is None else torch.Generator(loaded.device).manual_seed(seed),
-        **_sampling(temperature, top_p, top_k),
+        generator=sampling.generator(model.device),
+        **sampling.settings(),
     )
     revised = tokenizer.decode(output.sequences[0], skip_special_tokens=True)
     changes = [
@@ -299,12 +192,12 @@ def revise(
 
 
 @app.command()
-def info(model: MODEL = None, as_json: JSON = False):
+def info(model: ModelOption = None, as_json: JsonFlag = False):
     """Describe a checkpoint: architecture, parameters, special ids, generation defaults.
 
     Example: `illada info --model ./my-checkpoint --json`
     """
-    loaded, tokenizer = _load(model, "cpu", "auto")
+    loaded, tokenizer = ModelOptions(model, device="cpu").load()
     config = loaded.config
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
     facts = {
@@ -334,11 +227,54 @@ def info(model: MODEL = None, as_json: JSON = False):
     Console().print(table)
 
 
+@app.command()
+@expand_options
+def chat(
+    checkpoint: ModelOptions,
+    response: ResponseOptions,
+    decoding: DecodingOptions,
+    sampling: SamplingOptions,
+    system: Annotated[str | None, typer.Option(help="System message.", show_default="none")] = None,
+    live: LiveFlag = None,
+):
+    """Talk with a model; /help lists what can be typed. End of input (Ctrl-D) leaves.
+
+    Example: `illada chat --max-new-tokens 100 --preset fast`
+    """
+    settings = response.settings() | decoding.settings() | sampling.settings()
+    model, tokenizer = checkpoint.load()
+    MaskedDiffusionGenerationConfig.merged(model.generation_config, None, **settings)  # refuses bad ones at once
+    settings["generator"] = sampling.generator(model.device)
+    Chat(model, tokenizer, settings, live=is_live(live), system=system).run()
+
+
+@app.command(context_settings=CONTEXT_SETTINGS)
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder or Hub id.", show_default="the embedded model")
+    ] = None,
+):
+    """Serve a model by OpenAI's HTTP interface with `transformers serve`, whose options are understood (see its help).
+
+    Example: `illada serve --host 127.0.0.1 --port 8000`
+    """
+    source = ModelOptions(model).source()
+    try:
+        from .serving import run_server
+    except ImportError as error:
+        raise ValueError(f"`illada serve` needs the extra: pip install 'illada[serve]' ({error}).") from error
+    run_server(source, context.args)
+
+
 app.command()(convert)
 app.command()(export)
 app.command()(train)
 app.command("eval", context_settings=CONTEXT_SETTINGS)(evaluate)
 app.command()(demo)
+
+for _registered in app.registered_commands:
+    _registered.epilog = EXIT_CODES
 
 
 def main():

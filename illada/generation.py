@@ -137,7 +137,7 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
         input_ids, attention_mask = prepare_prompts(input_ids, attention_mask, config, self.config.vocab_size)
         max_new_tokens = prepare_max_new_tokens(input_ids, attention_mask, config, self.config.max_position_embeddings)
         input_ids, attention_mask = (
-            tensor.to(self.device).repeat_interleave(config.num_return_sequences or 1, 0)
+            tensor.to(self._execution_device).repeat_interleave(config.num_return_sequences or 1, 0)
             for tensor in (input_ids, attention_mask)
         )
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
@@ -221,7 +221,7 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
         fields = {name: value for name, value in settings.items() if name not in arguments}
         config = self._prepare_settings(settings.get("generation_config"), fields)
         tokens, mask = (
-            tensor.to(self.device)
+            tensor.to(self._execution_device)
             for tensor in prepare_prompts(input_ids, attention_mask, config, self.config.vocab_size)
         )
         if (tokens == config.mask_token_id).any():
@@ -261,6 +261,13 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
             confidences=first_confidences,
             num_rounds=rounds_run,
         )
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """Where a forward pass runs; offloaded weights are on no device in between."""
+        hook = getattr(self, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None) if self.device.type == "meta" else self.device
+        return torch.device("cpu" if device is None else device)
 
     def adjust_generation_fn(self, generation_config, *args, **kwargs):
         """Called by `from_pretrained`: makes the generation config that it loads one of masked diffusion."""
@@ -324,7 +331,7 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
 
         def build() -> LogitsProcessorList:
             return self._get_logits_processor(
-                config, input_ids_seq_length=1, logits_processor=logits_processor or [], device=self.device
+                config, input_ids_seq_length=1, logits_processor=logits_processor or [], device=self._execution_device
             )
 
         config.do_sample, do_sample = False, config.do_sample

@@ -1,5 +1,6 @@
 """Denoising shown live on a terminal: settled text plain, drafts in colour, what is not yet predicted as blocks."""
 
+import sys
 from itertools import groupby
 
 import torch
@@ -9,6 +10,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from .denoising import DenoisingStep
+from .generation import MaskedDiffusionGenerationOutput
 
 DRAFT_STYLE, COMMITTED_STYLE = "dim yellow", "bold green"
 
@@ -53,3 +55,20 @@ class LiveDenoising:
         for style, run in groupby(range(start, end), key=styles.__getitem__):
             text.append(self.tokenizer.decode(tokens[list(run)], skip_special_tokens=True), style=style)
         return text
+
+
+def is_live(asked: bool | None) -> bool:
+    """Whether to show the denoising: what was asked, else whether standard output is a terminal."""
+    return sys.stdout.isatty() if asked is None else asked
+
+
+def run_generate(
+    model, tokenizer: PreTrainedTokenizerBase, input_ids: list[int], live: bool, **settings
+) -> MaskedDiffusionGenerationOutput:
+    """What `model.generate` returns for one prompt and these settings; the denoising is shown, if asked."""
+    prompt = torch.tensor([input_ids], device=model.device)
+    settings = {"tokenizer": tokenizer, "return_dict_in_generate": True, **settings}
+    if not live:
+        return model.generate(prompt, **settings)
+    with LiveDenoising(tokenizer, len(input_ids), model.generation_config.eos_token_ids) as show:
+        return model.generate(prompt, on_step=show, **settings)

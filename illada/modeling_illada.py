@@ -6,6 +6,7 @@ the release, the selection of the positions whose logits are made, and the diffu
 """
 
 import math
+from os import PathLike
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,13 @@ class ILLaDADecoderLayer(LlamaDecoderLayer):
         self.mlp = ILLaDAMLP(config)
 
 
+def _file_and_name(of_class: type) -> str:
+    return f"{of_class.__module__.rpartition('.')[2]}.{of_class.__name__}"
+
+
 class ILLaDAPreTrainedModel(LlamaPreTrainedModel):
+    """What the trunk and the model with a head share: their configuration and the initialisation of the release."""
+
     config: ILLaDAConfig
     config_class = ILLaDAConfig
     _no_split_modules = ["ILLaDADecoderLayer"]
@@ -207,6 +214,7 @@ class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
     """
 
     generation_config_class = MaskedDiffusionGenerationConfig
+    _auto_class = "AutoModelForCausalLM"  # `save_pretrained` copies the code beside the weights
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -218,6 +226,15 @@ class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_type = "ForMaskedLM"  # labels are not shifted: the Trainer counts the first of a row as well
         self.post_init()
+
+    def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs):
+        """Also writes the code, which `trust_remote_code=True` loads where this package is not installed."""
+        auto_classes = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
+        self.config.auto_map = {
+            "AutoConfig": _file_and_name(type(self.config)),
+            **dict.fromkeys(auto_classes, _file_and_name(type(self))),
+        }
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @can_return_tuple
     def forward(

@@ -1,15 +1,21 @@
 """The command: answers, machine-readable output, errors in one line with their exit codes."""
 
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import illada
 from illada import EMBEDDED_MODEL
-from illada.cli import main
+from illada.blanks import encode_with_blanks
+from illada.cli import app, main
 
 QUESTION = "Tom has 7 apples. He buys 5 more. How many apples does Tom have now?"
 SENTENCE = "Tom has 3 pears and<[MASK]> cups. 3 + 4 = 7, so Tom has 7 things in all."
@@ -34,8 +40,6 @@ def test_installed_command_answers_offline():
 
 
 def test_generate_equals_the_model(capsys, monkeypatch):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     code, out, _ = run(capsys, monkeypatch, "generate", QUESTION, "--json", "--max-new-tokens", "40")
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
@@ -90,12 +94,56 @@ def test_info(capsys, monkeypatch):
     assert code == 0 and f"{facts['parameters']:,}" in out
 
 
-def test_every_command_has_help_with_an_example(capsys, monkeypatch):
-    _, overview, _ = run(capsys, monkeypatch, "--help")
-    for command in ("generate", "infill", "revise", "info"):
-        assert command in overview
-        code, out, _ = run(capsys, monkeypatch, command, "--help")
-        assert code == 0 and "Example" in out
+COMMANDS = sorted(typer.main.get_command(app).commands)
+
+
+def test_the_overview_names_commands_and_exit_codes(capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, "--help")
+    assert code == 0 and all(command in out for command in COMMANDS)
+    assert {"generate", "infill", "revise", "chat", "serve", "info", "convert", "export", "eval"} <= set(COMMANDS)
+    for exit_code in ("0 done", "1 the work failed", "2 wrong usage", "130 interrupted"):
+        assert exit_code in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example_and_exit_codes(capsys, monkeypatch, command):
+    code, out, _ = run(capsys, monkeypatch, command, "--help")
+    text = " ".join(out.split())
+    assert code == 0 and f"Example: illada {command}" in text.replace("`", "")
+    assert "Exit codes: 0 done" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_are_well_formed(command):
+    """The command line of an example is parsed: its options exist, and their values are of the right type."""
+    info = typer.main.get_command(app).commands[command]
+    (example,) = re.findall(rf"Example: `?illada {command}([^`\n]*)", info.help)
+    info.make_context(command, shlex.split(example))
+
+
+def test_version(capsys, monkeypatch):
+    assert run(capsys, monkeypatch, "--version") == (0, f"illada {illada.__version__}\n", "")
+
+
+def test_a_shell_completes_commands():
+    environment = {**os.environ, "_ILLADA_COMPLETE": "complete_bash", "COMP_WORDS": "illada inf", "COMP_CWORD": "1"}
+    command = [sys.executable, "-c", "import sys; sys.argv[0] = 'illada'; from illada.cli import main; main()"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.stdout.split() == ["infill", "info"] or result.stdout.split() == ["infill"], result
+
+
+def test_blanks_of_a_prompt_are_filled(capsys, monkeypatch):
+    prompt = "Tom has<[MASK]*2> pears."
+    settings = ["--no-chat", "--max-new-tokens", "3", "--json"]
+    code, out, _ = run(capsys, monkeypatch, "generate", prompt, *settings)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
+    input_ids = torch.tensor([encode_with_blanks(tokenizer, prompt, model.config.mask_token_id)])
+    expected = model.generate(input_ids, max_new_tokens=3)[0]
+    result = json.loads(out)
+    assert code == 0
+    assert result["prompt"] == tokenizer.decode(expected[: input_ids.shape[1]], skip_special_tokens=True)
+    assert result["text"] == tokenizer.decode(expected[input_ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize(
@@ -109,7 +157,11 @@ def test_every_command_has_help_with_an_example(capsys, monkeypatch):
         (["generate", "hi", "--preset", "faster"], 1, "preset"),
         (["generate", "hi", "--dtype", "int3"], 1, "--dtype"),
         (["generate", "hi", "--model", "./no/such/folder"], 1, "--model"),
+        (["chat", "--model", "./no/such/folder"], 1, "--model"),
+        (["chat", "--canvas", "round"], 1, "canvas"),
+        (["serve", "./no/such/folder"], 1, "no/such/folder"),
         (["generate", "hi", "--trace", "trace.gif"], 1, "--trace"),
+        (["generate", "a<[MASK]*0>"], 1, "at least one token"),
         (["generate", "hi", "--temperature", "-1"], 2, "--temperature"),
         (["generate", "hi", "--top-p", "0.9"], 1, "--temperature"),
         (["infill", "a <[MASK]>", "--top-k", "5"], 1, "--temperature"),

@@ -1,6 +1,7 @@
 """The documentation's Python blocks run, on the embedded model, and its links lead somewhere."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,11 @@ import torch
 import illada
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES_WITH_BLOCKS = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("evaluation", "generation", "performance", "serving", "training")),
+]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def python_blocks(page: Path) -> list[str]:
@@ -21,10 +26,7 @@ def test_there_are_blocks_to_run():
     assert len(python_blocks(ROOT / "docs" / "generation.md")) >= 5
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["README.md", "docs/evaluation.md", "docs/generation.md", "docs/performance.md", "docs/training.md"],
-)
+@pytest.mark.parametrize("name", PAGES_WITH_BLOCKS)
 def test_python_blocks_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,3 +47,26 @@ def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+def test_the_reference_is_what_the_docstrings_say():
+    maker = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))
+    page = maker["render"]()
+    assert (ROOT / "docs" / "reference.md").read_text() == page, "run python docs/make_reference.py"
+    for name in illada.__all__:
+        assert f"- **`{name}" in page
+    # A class or a function without a sentence of its own would stand there bare.
+    assert not [line for line in page.splitlines() if line.lstrip().startswith("- **") and line.endswith("**")]
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    nbformat = pytest.importorskip("nbformat", reason="needs nbclient")
+    nbclient = pytest.importorskip("nbclient", reason="needs nbclient")
+    pytest.importorskip("ipykernel", reason="needs ipykernel")
+    notebook = nbformat.read(ROOT / "examples" / "first_steps.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # committed without outputs
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the kernel's folder is another
+    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert len(code) >= 6 and all(cell.outputs for cell in code[1:])

@@ -1,0 +1,173 @@
+"""`illada chat`: turns, commands, end of input and interrupts, through a pipe and through a terminal."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from tiny_models import random_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from illada import EMBEDDED_MODEL
+from illada.chat import Chat
+from illada.cli import app
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'][0] + ' ' + message['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'a ' }}{% endif %}"
+)
+SETTINGS = ["--max-new-tokens", "8", "--block-length", "4"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random model with a chat template that takes a system message."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = random_model(4, dtype=torch.float32)
+    model.save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(checkpoint):
+    return AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+
+
+def reply_to(model, tokenizer, messages: list[dict]) -> str:
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    output = model.generate(inputs["input_ids"], max_new_tokens=8, block_length=4)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def converse(checkpoint, lines: list[str], *options: str):
+    arguments = ["chat", "--model", str(checkpoint), *SETTINGS, *options]
+    return CliRunner().invoke(app, arguments, input="".join(line + "\n" for line in lines))
+
+
+def test_answers_are_generates_with_the_history_before_them(checkpoint, model_and_tokenizer, tmp_path):
+    saved, lines = tmp_path / "chat.json", ["ab", "cd e", "/reset", "ab", "/system x", "ab"]
+    result = converse(checkpoint, [*lines[:2], f"/save {saved}", *lines[2:], "/exit", "not read"])
+    assert result.exit_code == 0 and not result.stderr
+    history, expected = [], []
+    for line in lines:
+        if line.startswith("/"):
+            history = [] if line == "/reset" else [{"role": "system", "content": "x"}, *history]
+            continue
+        history.append({"role": "user", "content": line})
+        expected.append(reply_to(*model_and_tokenizer, history))
+        history.append({"role": "assistant", "content": expected[-1]})
+        if line == "cd e":
+            assert json.loads(saved.read_text()) == history
+    assert expected[0] == expected[2] and len(set(expected)) == 3
+    assert [line for line in result.stdout.splitlines() if not line.startswith("Saved")] == expected
+
+
+def test_options_reach_generate(checkpoint, model_and_tokenizer):
+    by_option = converse(checkpoint, ["ab"], "--system", "y")
+    messages = [{"role": "system", "content": "y"}, {"role": "user", "content": "ab"}]
+    assert by_option.stdout.strip() == reply_to(*model_and_tokenizer, messages)
+    sampled = [converse(checkpoint, ["ab"], "--temperature", "9", "--seed", seed).stdout for seed in ("1", "1", "2")]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_what_fails_is_one_line_and_the_chat_goes_on(checkpoint, tmp_path):
+    taken = tmp_path / "taken.json"
+    taken.write_text("kept")
+    lines = ["/nonsense", "/save", f"/save {taken}", "ab " * 40, "/help", "ab"]
+    result = converse(checkpoint, lines)
+    assert result.exit_code == 0 and taken.read_text() == "kept"
+    errors = result.stderr.splitlines()
+    assert len(errors) == 4 and all(error.startswith("illada: ") for error in errors)
+    for error, named in zip(errors, ["/nonsense", "/save", "taken.json", "64 positions"], strict=True):
+        assert named in error
+    *help_lines, answer = result.stdout.splitlines()
+    for command in ("/reset", "/system", "/save", "/help", "/exit"):
+        assert any(line.startswith(command) for line in help_lines)
+    assert answer == converse(checkpoint, ["ab"]).stdout.strip()  # a question that failed is forgotten
+
+
+def test_a_template_without_a_system_message_is_named():
+    result = CliRunner().invoke(app, ["chat"], input="/system Be brief.\n")
+    assert result.exit_code == 0
+    (error,) = result.stderr.splitlines()
+    assert "chat template takes no system message" in error
+    result = CliRunner().invoke(app, ["chat", "--system", "Be brief."])
+    assert isinstance(result.exception, ValueError) and "takes no system message" in str(result.exception)
+
+
+def test_a_checkpoint_without_a_template_is_refused(model_and_tokenizer):
+    with pytest.raises(ValueError, match="needs a checkpoint with a chat template"):
+        Chat(model_and_tokenizer[0], tiny_tokenizer(), {}, live=False, system=None)
+
+
+@pytest.fixture
+def terminal():
+    pexpect = pytest.importorskip("pexpect", reason="needs a pseudo-terminal")
+
+    def spawn(*options):
+        return pexpect.spawn(
+            sys.executable,
+            ["-m", "illada.cli", "chat", *options],
+            encoding="utf-8",
+            timeout=300,
+            env={**os.environ, "TERM": "xterm", "HF_HUB_OFFLINE": "1"},
+        )
+
+    return spawn
+
+
+def test_on_a_terminal(terminal, tmp_path):
+    """Denoising is shown; Ctrl-C drops the line, or stops the answer; Ctrl-D leaves with exit code 0."""
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
+    model.config.eos_token_id = model.generation_config.eos_token_id = None  # it writes until its budget is used
+    model.generation_config.max_new_tokens = 400
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(tmp_path)
+
+    chat = terminal("--model", str(tmp_path))
+    chat.expect_exact("> ")
+    chat.send("half a li")
+    chat.sendintr()
+    chat.expect_exact("Interrupted")
+    chat.expect_exact("> ")
+    chat.sendline("Sort the numbers: 17 4 9")
+    chat.expect_exact("\x1b[2K")  # the picture of the first step is drawn over
+    stopped = time.monotonic()
+    chat.sendintr()
+    chat.expect_exact("Interrupted")
+    assert time.monotonic() - stopped < 60
+    chat.expect_exact("> ")
+    chat.sendline(f"/save {tmp_path / 'chat.json'}")
+    chat.expect_exact("Saved")
+    assert json.loads((tmp_path / "chat.json").read_text()) == []
+    chat.expect_exact("> ")
+    chat.sendeof()
+    chat.wait()
+    assert chat.exitstatus == 0 and chat.signalstatus is None
+    rest = chat.before or ""
+    assert "Traceback" not in rest
+
+
+def test_an_interrupt_without_a_terminal_ends_it(checkpoint):
+    import subprocess
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "illada.cli", "chat", "--model", str(checkpoint)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdin.write("/help\n")
+    process.stdin.flush()
+    assert process.stdout.readline().startswith("/reset")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err
