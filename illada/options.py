@@ -100,7 +100,7 @@ class DecodingOptions:
     ] = None
     block_cache: Annotated[
         str | None,
-        Option(help="Keep keys and values within a block: prefix or dual. Approximate.", show_default="off"),
+        Option(help="Keep keys and values in a block: prefix or dual; approximate.", show_default="off"),
     ] = None
 
     def settings(self) -> dict:
