@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from processes import heed_interrupts
 from tiny_models import random_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -116,8 +117,9 @@ def terminal():
             sys.executable,
             ["-m", "illada.cli", "chat", *options],
             encoding="utf-8",
-            timeout=300,
+            timeout=120,
             env={**os.environ, "TERM": "xterm", "HF_HUB_OFFLINE": "1"},
+            preexec_fn=heed_interrupts,
         )
 
     return spawn
@@ -137,7 +139,7 @@ def test_on_a_terminal(terminal, tmp_path):
     chat.sendintr()
     chat.expect_exact("Interrupted")
     chat.expect_exact("> ")
-    chat.sendline("Sort the numbers: 17 4 9")
+    chat.sendline("Ascending of: 17 4 9")
     chat.expect_exact("\x1b[2K")  # the picture of the first step is drawn over
     stopped = time.monotonic()
     chat.sendintr()
@@ -164,6 +166,7 @@ def test_an_interrupt_without_a_terminal_ends_it(checkpoint):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     )
     process.stdin.write("/help\n")
     process.stdin.flush()

@@ -12,6 +12,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from processes import heed_interrupts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from illada import EMBEDDED_MODEL
@@ -50,6 +51,7 @@ class Server:
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            preexec_fn=heed_interrupts,
         )
         deadline = time.monotonic() + 300
         while not self.is_healthy():
