@@ -7,11 +7,12 @@ import pytest
 import torch
 from demo_page import DemoServer, Visitor, what_is_missing
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from illada import EMBEDDED_MODEL
 from illada.blanks import encode_with_blanks
+from illada.cli import app
 from illada.demo import examples
-from illada.demo.cli import demo
 from illada.demo.picture import denoising_html
 from illada.demo.playing import LiveTokens, hide_after, steps_and_output
 from illada.trace import trace_tokens
@@ -92,7 +93,7 @@ def test_a_message_is_answered_before_the_visitor_s_eyes(visitor, model, tokeniz
 
 @needs_browser
 def test_a_slider_changes_the_number_of_forward_passes(visitor, model, tokenizer):
-    question = held_out_examples("sort", 1)[0].prompt
+    question = held_out_examples("list_operation", 1)[0].prompt
     figures = {}
     for steps in (0, 4):
         visitor.type("#steps input[type=number]", str(steps), TAB)
@@ -109,7 +110,7 @@ def test_a_slider_changes_the_number_of_forward_passes(visitor, model, tokenizer
 def test_stop_ends_the_playing(visitor):
     visitor.type("#pause input[type=number]", "1", TAB)
     visitor.driver.execute_script("document.querySelector('#canvas').dataset.state = 'before'")
-    send(visitor, held_out_examples("sort", 1)[0].prompt)()
+    send(visitor, held_out_examples("list_operation", 1)[0].prompt)()
     visitor.wait(lambda: visitor.find("#canvas").get_attribute("data-state") == "running", "the denoising begins not")
     visitor.click("#stop")
     visitor.type("#pause input[type=number]", "0.05", TAB)
@@ -181,7 +182,7 @@ def test_what_cannot_be_done_is_said_in_one_sentence(visitor):
     visitor.click("button[role=tab]", "Chat")
     visitor.click("button.label-wrap", "More settings")
     visitor.type("#budget input[type=number]", "512", TAB)
-    visitor.type("#message textarea", "Sort the numbers: 17 4 9", ENTER)
+    visitor.type("#message textarea", "Ascending of: 17 4 9", ENTER)
     assert "do not fit into the model's" in message_about("max_new_tokens")
     visitor.click("button[role=tab]", "Fill in")
     visitor.type("#blank-text textarea", "No blank here.")
@@ -206,8 +207,8 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     monkeypatch.delitem(sys.modules, "illada.demo.page", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ValueError, match=r"pip install 'illada\[demo\]'"):
-        demo()
+    result = CliRunner().invoke(app, ["demo"])
+    assert isinstance(result.exception, ValueError) and "pip install 'illada[demo]'" in str(result.exception)
 
 
 def test_live_tokens_end_as_the_trace(tiny_model):
