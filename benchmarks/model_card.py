@@ -1,6 +1,8 @@
 """Measures a checkpoint and writes its model card, MODEL/README.md: `python benchmarks/model_card.py [MODEL]`."""
 
+import itertools
 import json
+import random
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +14,7 @@ from matplotlib import pyplot as plt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from illada import EMBEDDED_MODEL
-from illada.training.corpus import FAMILIES, held_out_examples
+from illada.training.corpus import DIFFICULTIES, FAMILIES, held_out_examples, training_examples
 
 matplotlib.use("Agg")
 
@@ -35,22 +37,36 @@ answer.
 
 {table}
 
+No held-out prompt or document is in the training text. The split is what sees to that: of {drawn:,} examples drawn
+freely from each family, these shares had their like among {trained:,} training examples: {overlap}.
+
 ## Training
 
-`python -m illada.training.tiny OUTPUT` repeats it: {steps:,} steps of 16 windows of 64 tokens of synthetic text
+`illada train illada-tiny output_dir=FOLDER` repeats it, with the settings of
+`illada/training/recipes/illada-tiny.yaml`: {steps:,} steps of 16 windows of 64 tokens of synthetic text
 ({tokens:.1f} million tokens), AdamW, seed 0, in fp32. Examples are concatenated and windows end anywhere, so that
-the end of a canvas does not give the length of an answer away; three windows in ten are split into two segments that
-do not see each other. In three quarters of the windows prompts stay visible, in the others everything may be masked.
+the end of a canvas does not give the length of an answer away; one window in ten is split into two segments that
+do not see each other. In nine windows of ten prompts stay visible, in the others everything may be masked.
 
 ![Training loss](loss.png)
 
 Special ids are iLLaDA's: bos 0, pad 1, eos 2, [MASK] 5. Text is English, of a vocabulary of about a hundred words;
-anything else can be encoded, and is not understood. Numbers stay within 0 and 20. Reversing a list was not learnt in
-this budget: the words of the answer come from the right vocabulary, and not from the list.
+anything else can be encoded, and is not understood. Numbers stay within 0 and 20.
 """
 
 
-def write_card(folder: Path, table: str, parameters: int):
+def free_overlap(drawn: int, trained: int) -> str:
+    """Shares of freely drawn examples of each family whose content is among the first `trained` training examples."""
+    seen = {example.content for example in itertools.islice(training_examples(seed=0), trained)}
+    shares = []
+    for family, (generate_example, _) in FAMILIES.items():
+        rng = random.Random(family)
+        examples = [generate_example(rng, DIFFICULTIES["easy"]) for _ in range(drawn)]
+        shares.append(f"{family} {sum(example.content in seen for example in examples) / drawn:.1%}")
+    return ", ".join(shares)
+
+
+def write_card(folder: Path, table: str, parameters: int, drawn: int = 1000, trained: int = 50_000):
     """Writes the model card and the picture of the training loss from the checkpoint's own files."""
     log = json.loads((folder / "training_log.json").read_text())
     examples = []
@@ -59,7 +75,14 @@ def write_card(folder: Path, table: str, parameters: int):
         examples.append(f"| {family} | {example.prompt or example.with_blanks('░')} | {example.text} |")
     steps = log[-1]["step"]
     content = CARD.format(
-        parameters=parameters, examples="\n".join(examples), table=table, steps=steps, tokens=steps * 16 * 64 / 1e6
+        parameters=parameters,
+        examples="\n".join(examples),
+        table=table,
+        drawn=drawn,
+        trained=trained,
+        overlap=free_overlap(drawn, trained),
+        steps=steps,
+        tokens=steps * 16 * 64 / 1e6,
     )
     data = ModelCardData(
         language="en",
