@@ -116,16 +116,8 @@ def exact_match_from_the_left(model, tokenizer, examples: list[Example], batch_s
 
 
 def tests(count: int) -> dict[str, list[Example]]:
-    """Held-out examples of each family; the ordering forward and reversed apart."""
-    result = {}
-    for family in FAMILIES:
-        examples = held_out_examples(family, count if family != "ordering" else 3 * count)
-        if family == "ordering":
-            for end, name in (("front", "ordering, forward"), ("back", "ordering, reversed")):
-                result[name] = [example for example in examples if f"the {end}?" in example.prompt][:count]
-        else:
-            result[family] = examples
-    return result
+    """Held-out examples of each family."""
+    return {family: held_out_examples(family, count) for family in FAMILIES}
 
 
 def measure(folder: Path, count: int, batch_size: int) -> list[dict]:

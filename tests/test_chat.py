@@ -139,7 +139,7 @@ def test_on_a_terminal(terminal, tmp_path):
     chat.sendintr()
     chat.expect_exact("Interrupted")
     chat.expect_exact("> ")
-    chat.sendline("Ascending of: 17 4 9")
+    chat.sendline("Sort the numbers: 17 4 9")
     chat.expect_exact("\x1b[2K")  # the picture of the first step is drawn over
     stopped = time.monotonic()
     chat.sendintr()

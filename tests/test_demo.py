@@ -93,7 +93,7 @@ def test_a_message_is_answered_before_the_visitor_s_eyes(visitor, model, tokeniz
 
 @needs_browser
 def test_a_slider_changes_the_number_of_forward_passes(visitor, model, tokenizer):
-    question = held_out_examples("list_operation", 1)[0].prompt
+    question = held_out_examples("sort", 1)[0].prompt
     figures = {}
     for steps in (0, 4):
         visitor.type("#steps input[type=number]", str(steps), TAB)
@@ -110,7 +110,7 @@ def test_a_slider_changes_the_number_of_forward_passes(visitor, model, tokenizer
 def test_stop_ends_the_playing(visitor):
     visitor.type("#pause input[type=number]", "1", TAB)
     visitor.driver.execute_script("document.querySelector('#canvas').dataset.state = 'before'")
-    send(visitor, held_out_examples("list_operation", 1)[0].prompt)()
+    send(visitor, held_out_examples("sort", 1)[0].prompt)()
     visitor.wait(lambda: visitor.find("#canvas").get_attribute("data-state") == "running", "the denoising begins not")
     visitor.click("#stop")
     visitor.type("#pause input[type=number]", "0.05", TAB)
@@ -182,7 +182,7 @@ def test_what_cannot_be_done_is_said_in_one_sentence(visitor):
     visitor.click("button[role=tab]", "Chat")
     visitor.click("button.label-wrap", "More settings")
     visitor.type("#budget input[type=number]", "512", TAB)
-    visitor.type("#message textarea", "Ascending of: 17 4 9", ENTER)
+    visitor.type("#message textarea", "Sort the numbers: 17 4 9", ENTER)
     assert "do not fit into the model's" in message_about("max_new_tokens")
     visitor.click("button[role=tab]", "Fill in")
     visitor.type("#blank-text textarea", "No blank here.")

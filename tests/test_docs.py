@@ -33,7 +33,7 @@ def test_python_blocks_run(name, tmp_path, monkeypatch):
 
     tokenizer = AutoTokenizer.from_pretrained(illada.EMBEDDED_MODEL)
     model = AutoModelForCausalLM.from_pretrained(illada.EMBEDDED_MODEL)
-    messages = [{"role": "user", "content": "Ascending of: 17 4 9"}]
+    messages = [{"role": "user", "content": "Sort the numbers: 17 4 9"}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     namespace = {"torch": torch, "tokenizer": tokenizer, "model": model, "inputs": inputs}
     for block in python_blocks(ROOT / name):
