@@ -281,6 +281,11 @@ def machine(device: str) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def ratio_of_rounds(base: list[float], other: list[float]) -> float:
+    """Median ratio over the latest rounds in which both ran: a round's modes share what else the machine did."""
+    return median(a / b for a, b in zip(reversed(base), reversed(other)))
+
+
 def describe(results: dict) -> str:
     """The page's tables, in Markdown."""
     lines = []
@@ -296,7 +301,7 @@ def describe(results: dict) -> str:
         ]
         for name, entry in row.items():
             seconds = median(entry["seconds"])
-            ratio = f"{median(base['seconds']) / seconds:.2f}" if base else ""
+            ratio = f"{ratio_of_rounds(base['seconds'], entry['seconds']):.2f}" if base else ""
             memory = f"{entry['MiB']:.1f}" if "MiB" in entry else ""
             lines.append(
                 f"| {name} | {seconds:.2f} | {entry['forward_passes']} | "
@@ -337,7 +342,8 @@ def page(results: dict) -> str:
         "# Speed",
         "",
         f"{results['machine']}; shape `{results['shape']}`, {results['dtype']}, random weights;",
-        f"{versions}. Medians over rounds in which the modes take turns.",
+        f"{versions}. Medians over rounds in which the modes take turns; a ratio is the",
+        "median over the rounds in which both ran.",
         "`python benchmarks/speed.py` writes this page.",
         "",
         f"With a threshold, rows are given {PARALLEL_STEPS} tokens per pass. Peak extra memory is the most that",
@@ -358,7 +364,7 @@ def plot(results: dict, path: Path):
     figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
     for index, name in enumerate(names):
         shown = [(i, row) for i, (_, row) in enumerate(cases) if name in row]
-        ratios = [median(row["published"]["seconds"]) / median(row[name]["seconds"]) for _, row in shown]
+        ratios = [ratio_of_rounds(row["published"]["seconds"], row[name]["seconds"]) for _, row in shown]
         axes.bar([i + index / (len(names) + 1) for i, _ in shown], ratios, width=0.9 / (len(names) + 1), label=name)
     labels = [
         f"prompt {c.prompt_length}, new {c.new_tokens},\nblock {c.block_length}, batch {c.batch_size}"
