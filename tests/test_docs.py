@@ -12,7 +12,7 @@ import illada
 ROOT = Path(__file__).parents[1]
 PAGES_WITH_BLOCKS = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("evaluation", "generation", "performance", "serving", "training")),
+    *(f"docs/{name}.md" for name in ("conversion", "evaluation", "generation", "performance", "serving", "training")),
 ]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -35,7 +35,7 @@ def test_python_blocks_run(name, tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(illada.EMBEDDED_MODEL)
     messages = [{"role": "user", "content": "Sort the numbers: 17 4 9"}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    namespace = {"torch": torch, "tokenizer": tokenizer, "model": model, "inputs": inputs}
+    namespace = {"illada": illada, "torch": torch, "tokenizer": tokenizer, "model": model, "inputs": inputs}
     for block in python_blocks(ROOT / name):
         # The 8B weights are not at hand: the embedded model stands in for every released name.
         block = re.sub(r'"GSAI-ML/[\w.-]+"', "illada.EMBEDDED_MODEL", block)
