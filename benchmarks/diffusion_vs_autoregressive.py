@@ -25,11 +25,10 @@ from exact_match import evaluate_examples, prompt_ids
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 
-import illada  # noqa: F401, registers the diffusion model's class
+from illada import ILLaDAConfig
 from illada.training.corpus import FAMILIES, Example, held_out_examples, training_examples
 from illada.training.data import CorpusWindows, encode, windows
-from illada.training.recipe import load_model, load_tokenizer, read_settings
-from illada.training.trainer import MaskedDiffusionTrainer
+from illada.training.recipe import build_trainer, load_tokenizer, read_settings
 
 app = typer.Typer(add_completion=False)
 
@@ -68,22 +67,21 @@ def train(
     """Train one of the two models by the embedded model's recipe."""
     overrides = [f"output_dir={output}/checkpoints", *(settings or ())]
     model_settings, data, arguments = read_settings("illada-tiny", overrides)
-    set_seed(arguments.seed)
-    tokenizer = load_tokenizer(model_settings)
-    text = (
-        RepeatedWindows(tokenizer, data.length, arguments.seed, examples)
-        if examples
-        else CorpusWindows(tokenizer, data.length, arguments.seed)
-    )
     if kind is Kind.diffusion:
-        model = load_model(model_settings, tokenizer)
-        trainer = MaskedDiffusionTrainer(model=model, args=arguments, train_dataset=text)
+        trainer = build_trainer(model_settings, data, arguments)
+        tokenizer = trainer.processing_class
     else:
+        set_seed(arguments.seed)
+        tokenizer = load_tokenizer(model_settings)
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **special, **model_settings.config))
+        tied = {"tie_word_embeddings": ILLaDAConfig().tie_word_embeddings}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **special, **tied, **model_settings.config))
+        text = CorpusWindows(tokenizer, data.length, arguments.seed)
         trainer = Trainer(model=model, args=arguments, train_dataset=text, data_collator=causal_collator)
+    if examples:
+        trainer.train_dataset = RepeatedWindows(tokenizer, data.length, arguments.seed, examples)
     trainer.train()
-    model.save_pretrained(output)
+    trainer.model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     (output / "training_log.json").write_text(json.dumps(trainer.state.log_history))
 
