@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from illada import ILLaDAConfig
 from illada.training.corpus import FAMILIES, Example, held_out_examples, training_examples
-from illada.training.data import CorpusWindows, encode, windows
+from illada.training.data import CorpusWindows, Encoded, encode, windows
 from illada.training.recipe import build_trainer, load_tokenizer, read_settings
 
 app = typer.Typer(add_completion=False)
@@ -39,16 +39,24 @@ class Kind(str, Enum):
 
 
 class RepeatedWindows(IterableDataset):
-    """Windows over the first `count` training examples, again and again, shuffled in every epoch."""
+    """Windows over the first `count` training examples, again and again, shuffled in every epoch.
 
-    def __init__(self, tokenizer, length: int, seed: int, count: int):
-        self.encoded = encode(tokenizer, list(itertools.islice(training_examples(seed), count)))
-        self.length, self.seed = length, seed
+    The opening draws its examples from the same ones.
+    """
+
+    def __init__(self, tokenizer, length: int, seed: int, opening: dict[str, int], count: int):
+        self.examples = list(itertools.islice(training_examples(seed), count))
+        self.encoded = encode(tokenizer, self.examples)
+        self.length, self.seed, self.opening = length, seed, opening
 
     def __iter__(self) -> Iterator[dict[str, list]]:
         rng = random.Random(self.seed)
+        openings = (rng.choices(self._of(family), k=count) for family, count in self.opening.items())
         epochs = (rng.sample(self.encoded, len(self.encoded)) for _ in itertools.count())
-        return windows(itertools.chain.from_iterable(epochs), self.length)
+        return windows(itertools.chain.from_iterable(itertools.chain(openings, epochs)), self.length)
+
+    def _of(self, family: str) -> list[Encoded]:
+        return [encoded for encoded, example in zip(self.encoded, self.examples) if example.family == family]
 
 
 def causal_collator(features: list[dict[str, list]]) -> dict[str, torch.Tensor]:
@@ -76,10 +84,13 @@ def train(
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
         tied = {"tie_word_embeddings": ILLaDAConfig().tie_word_embeddings}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **special, **tied, **model_settings.config))
-        text = CorpusWindows(tokenizer, data.length, arguments.seed)
+        settings = (data.length, arguments.seed, data.corpus_difficulty, data.corpus_opening)
+        text = CorpusWindows(tokenizer, *settings)
         trainer = Trainer(model=model, args=arguments, train_dataset=text, data_collator=causal_collator)
     if examples:
-        trainer.train_dataset = RepeatedWindows(tokenizer, data.length, arguments.seed, examples)
+        trainer.train_dataset = RepeatedWindows(
+            tokenizer, data.length, arguments.seed, data.corpus_opening, examples
+        )
     trainer.train()
     trainer.model.save_pretrained(output)
     tokenizer.save_pretrained(output)
@@ -114,8 +125,12 @@ def exact_match_from_the_left(model, tokenizer, examples: list[Example], batch_s
 
 
 def tests(count: int) -> dict[str, list[Example]]:
-    """Held-out examples of each family."""
-    return {family: held_out_examples(family, count) for family in FAMILIES}
+    """Held-out examples of each family; an ordering asked from the front and one asked from the back are two tests."""
+    examples = {family: held_out_examples(family, count) for family in FAMILIES if family != "ordering"}
+    orderings = held_out_examples("ordering", 2 * count)
+    for name, end in (("ordering, forward", "front?"), ("ordering, reversed", "back?")):
+        examples[name] = [example for example in orderings if example.prompt.endswith(end)]
+    return examples
 
 
 def measure(folder: Path, count: int, batch_size: int) -> list[dict]:
@@ -143,20 +158,20 @@ def compare(
     count: Annotated[int, typer.Option(help="Held-out examples of each test.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Prompts in a batch.")] = 50,
 ):
-    """Print a table of exact match, tokens per forward and seconds for each model and test."""
+    """Print exact match, tokens per forward and seconds of each model in each test, a table each."""
     torch.set_num_threads(1)
-    results = {}
+    results: dict[str, dict[str, dict]] = {}
     for folder in folders:
         for row in measure(folder, count, batch_size):
-            results.setdefault((row["model"], row["preset"]), {})[row["test"]] = row
-    names = list(tests(1))
-    typer.echo(f"| model | preset | {' | '.join(names)} | tokens per forward | seconds |")
-    typer.echo("| --- " * (len(names) + 4) + "|")
-    for (name, preset), by_test in results.items():
-        cells = [f"{by_test[test]['exact_match']:.1%}" for test in names]
-        speed = sum(by_test[test]["tokens_per_forward"] for test in names) / len(names)
-        seconds = sum(by_test[test]["seconds"] for test in names)
-        typer.echo(f"| {name} | {preset or ''} | {' | '.join(cells)} | {speed:.2f} | {seconds:.1f} |")
+            name = f"{row['model']}, {row['preset']}" if row["preset"] else row["model"]
+            results.setdefault(name, {})[row["test"]] = row
+    for figure, form in (("exact_match", "{:.1%}"), ("tokens_per_forward", "{:.2f}"), ("seconds", "{:.1f}")):
+        names = list(tests(1))
+        typer.echo(f"\n| {figure.replace('_', ' ')} | {' | '.join(names)} |")
+        typer.echo("| --- " * (len(names) + 1) + "|")
+        for model, by_test in results.items():
+            cells = " | ".join(form.format(by_test[test][figure]) for test in names)
+            typer.echo(f"| {model} | {cells} |")
 
 
 if __name__ == "__main__":

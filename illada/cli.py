@@ -138,7 +138,7 @@ def infill(
 ):
     """Fill the blanks of a text in place; the rest of it never changes.
 
-    Example: `illada infill "Tom has 3 pears and<[MASK]> cups. 3 + 4 = 7, so Tom has 7 things in all."`
+    Example: `illada infill "Today Tom has 3 pears and<[MASK]> cups. 3 + 4 = 7, so Tom has 7 things in all."`
     """
     check_trace_path(trace)
     settings = decoding.settings() | sampling.settings() | {"max_new_tokens": 0}
@@ -169,7 +169,7 @@ def revise(
 ):
     """Write anew the tokens of a text that the model finds least likely in their context.
 
-    Example: `illada revise "Tom has 3 pears and 4 cups. 3 + 4 = 9, so Tom has 7 things in all." --threshold 0.02`
+    Example: `illada revise "Today Tom has 3 pears and 4 cups. 3 + 4 = 9, so Tom has 7 things in all." --threshold 0.02`
     """
     text = sys.stdin.read() if text == "-" else text
     if not text.strip():

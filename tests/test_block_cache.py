@@ -365,6 +365,18 @@ def test_compiled_passes_with_blanks_and_guidance(block_cache, fresh_dynamo):
     assert fresh_dynamo["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("block_cache", CACHES)
+def test_flex_attention_sees_the_cache(block_cache, fresh_dynamo, monkeypatch):
+    # Torch 2.13's C++ for flex attention does not compile where the numbers of queries and of keys are both dynamic.
+    monkeypatch.setattr(torch._dynamo.config, "automatic_dynamic_shapes", False)
+    model = random_model(0, num_layers=2).float()  # the precision that it has on a CPU
+    arguments = pad_left([[7, 8, 9], [10, 11, 12, 13, 14]]) | {"max_new_tokens": 8, "block_length": 4}
+    arguments |= {"canvas": "fixed", "block_cache": block_cache}
+    expected = model.generate(**arguments)
+    model.set_attn_implementation("flex_attention")
+    assert torch.equal(model.generate(**arguments), expected)
+
+
 def test_compiled_to_machine_code(fresh_dynamo):
     model = random_model(2, num_layers=2, dtype=torch.float32)
     arguments = {"inputs": torch.tensor([[7, 8, 9]]), "block_cache": "dual", "max_new_tokens": 8, "block_length": 4}

@@ -18,7 +18,7 @@ from illada.blanks import encode_with_blanks
 from illada.cli import app, main
 
 QUESTION = "Tom has 7 apples. He buys 5 more. How many apples does Tom have now?"
-SENTENCE = "Tom has 3 pears and<[MASK]> cups. 3 + 4 = 7, so Tom has 7 things in all."
+SENTENCE = "Today Tom has 3 pears and<[MASK]> cups. 3 + 4 = 7, so Tom has 7 things in all."
 
 
 def run(capsys, monkeypatch, *arguments: str) -> tuple[int, str, str]:
@@ -72,7 +72,7 @@ def test_infill_keeps_the_text_around_a_blank(capsys, monkeypatch):
 
 
 def test_revise_reports_changes(capsys, monkeypatch):
-    text = "Tom has 3 pears and 4 cups. 3 + 4 = 9, so Tom has 7 things in all."
+    text = "Today Tom has 3 pears and 4 cups. 3 + 4 = 9, so Tom has 7 things in all."
     code, out, _ = run(capsys, monkeypatch, "revise", text, "--fraction", "0.2", "--json")
     result = json.loads(out)
     assert code == 0 and (result["text"] != text) == bool(result["changes"])

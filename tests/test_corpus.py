@@ -31,10 +31,27 @@ def solve_word_problem(prompt: str) -> int:
 def test_answers_are_right(difficulty):
     for example in held_out_examples("word_problem", 200, difficulty=difficulty):
         assert example.text.endswith(f"The answer is {solve_word_problem(example.prompt)}.")
-    for example in held_out_examples("reverse", 100, difficulty=difficulty):
-        assert example.text.split()[1:] == example.prompt.split()[:2:-1]
-    for example in held_out_examples("sort", 100, difficulty=difficulty):
-        assert example.text.split()[1:] == sorted(example.prompt.split()[3:], key=int)
+    for example in held_out_examples("ordering", 100, difficulty=difficulty):
+        line, end = example.prompt.removeprefix("In line: ").removesuffix("?").split(". From the ")
+        names = line.split()
+        assert example.text == f"From the {end}: {' '.join(names if end == 'front' else names[::-1])}"
+    for example in held_out_examples("list_operation", 200, difficulty=difficulty):
+        task, numbers = example.prompt.split(": ")
+        smallest_first = [str(number) for number in sorted(map(int, numbers.split()))]
+        found = {
+            "Sort the numbers": smallest_first,
+            "Sort downwards": smallest_first[::-1],
+            "Find the largest": smallest_first[-1:],
+            "Find the smallest": smallest_first[:1],
+        }[task]
+        assert example.text.split(": ")[1].split() == found
+
+
+def test_an_opening_comes_before_the_mixture():
+    examples = list(itertools.islice(training_examples(seed=1, opening={"ordering": 30, "grid": 5}), 300))
+    assert [example.family for example in examples[:35]] == ["ordering"] * 30 + ["grid"] * 5
+    assert {example.family for example in examples[35:]} == set(FAMILIES)
+    assert all(example.split == "train" for example in examples)
 
 
 def test_difficulties_ask_for_more_and_more():
@@ -114,11 +131,17 @@ def test_tokenizer_encodes_any_text_and_every_corpus_word_in_one_token(tokenizer
 
 
 def test_encoding_ends_with_one_eos_behind_the_answer(tokenizer):
-    example = held_out_examples("reverse", 1)[0]
+    example = held_out_examples("ordering", 1)[0]
     [(ids, prompt_length)] = encode(tokenizer, [example])
     assert tokenizer.decode(ids[prompt_length:-1]) == example.text
     assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[prompt_length:-1]
     assert tokenizer.decode(ids[:prompt_length]) == f"<s>user\n{example.prompt}</s><s>assistant\n"
+
+
+def test_the_windows_of_the_corpus_begin_with_its_opening(tokenizer):
+    first = next(iter(CorpusWindows(tokenizer, 64, seed=0, difficulty="hard", opening={"grid": 3})))
+    example = next(training_examples(seed=0, difficulty="hard", opening={"grid": 3}))
+    assert tokenizer.decode(first["input_ids"]).startswith(f"<s>{example.text}</s><s>Grid:")
 
 
 def test_windows_are_slices_of_the_concatenation():

@@ -116,6 +116,14 @@ def test_prompts_stay_visible_where_asked():
     assert (everything["input_ids"][:, :10] == MASK).any() and (everything["labels"] != -100).all()
 
 
+def test_the_prompts_behind_an_answer_are_masked_like_it():
+    batch = batch_of([40] * 64, prompt=10)
+    batch["is_prompt"][:, 20:30] = True
+    kept = Objective(keep_prompt_probability=1.0).add_noise(batch, MASK, 0, range(64))
+    assert (kept["labels"][:, :10] == -100).all() and (kept["labels"][:, 10:] != -100).all()
+    assert (kept["input_ids"][:, 20:30] == MASK).any()
+
+
 def test_padding_is_neither_masked_nor_learnt_nor_seen():
     batch = batch_of([5, 8])
     noisy = Objective(split_probability=0.0).add_noise(batch, MASK, 0, range(2))

@@ -93,7 +93,7 @@ def test_a_message_is_answered_before_the_visitor_s_eyes(visitor, model, tokeniz
 
 @needs_browser
 def test_a_slider_changes_the_number_of_forward_passes(visitor, model, tokenizer):
-    question = held_out_examples("sort", 1)[0].prompt
+    question = held_out_examples("ordering", 1)[0].prompt
     figures = {}
     for steps in (0, 4):
         visitor.type("#steps input[type=number]", str(steps), TAB)
@@ -110,7 +110,7 @@ def test_a_slider_changes_the_number_of_forward_passes(visitor, model, tokenizer
 def test_stop_ends_the_playing(visitor):
     visitor.type("#pause input[type=number]", "1", TAB)
     visitor.driver.execute_script("document.querySelector('#canvas').dataset.state = 'before'")
-    send(visitor, held_out_examples("sort", 1)[0].prompt)()
+    send(visitor, held_out_examples("ordering", 1)[0].prompt)()
     visitor.wait(lambda: visitor.find("#canvas").get_attribute("data-state") == "running", "the denoising begins not")
     visitor.click("#stop")
     visitor.type("#pause input[type=number]", "0.05", TAB)
@@ -136,11 +136,11 @@ def test_blanks_are_filled(visitor, model, tokenizer):
 @needs_browser
 def test_a_selected_passage_becomes_a_blank(visitor, tokenizer):
     visitor.click("button[role=tab]", "Fill in")
-    visitor.type("#blank-text textarea", "Tom has 3 pears and 4 cups.")
+    visitor.type("#blank-text textarea", "Today Tom has 3 pears and 4 cups.")
     visitor.driver.execute_script(
         """
         const field = arguments[0];
-        field.focus(); field.setSelectionRange(8, 15); field.dispatchEvent(new Event("select", {bubbles: true}));
+        field.focus(); field.setSelectionRange(14, 21); field.dispatchEvent(new Event("select", {bubbles: true}));
         """,
         visitor.find("#blank-text textarea"),
     )
@@ -151,7 +151,7 @@ def test_a_selected_passage_becomes_a_blank(visitor, tokenizer):
         return blank in visitor.value("#blank-text textarea")
 
     visitor.wait(is_blanked, "the selection is not blanked out")
-    assert visitor.value("#blank-text textarea") == f"Tom has{blank} and 4 cups."
+    assert visitor.value("#blank-text textarea") == f"Today Tom has{blank} and 4 cups."
 
 
 @needs_browser

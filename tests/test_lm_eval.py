@@ -160,7 +160,7 @@ def test_multiple_choice_by_likelihood_equals_a_loop(model, tokenizer, reference
 
 
 def test_generation_equals_a_loop(model, tokenizer, reference):
-    examples = held_out_examples("reverse", 32)[:3]
+    examples = [e for e in held_out_examples("ordering", 32) if e.prompt.endswith("From the back?")][:3]
     texts = []
     for example in examples:
         prompt = torch.tensor([chat_prompt(tokenizer, example.prompt)])

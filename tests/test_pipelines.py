@@ -13,7 +13,7 @@ from illada import EMBEDDED_MODEL
 
 PROMPTS = ["Sort the numbers: 17 4 9", "Tom has 3 pears and", "What"]
 CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-BLANK = "Tom has 3 pears and<[MASK]> cups."
+BLANK = "Today Tom has 3 pears and<[MASK]> cups."
 BLANKS = "Tom has<[MASK]> pears and<[MASK]><[MASK]>."
 SETTINGS = {"max_new_tokens": 12, "block_length": 4}
 

@@ -11,14 +11,17 @@ from ..training.tokenizer import SPECIAL_TOKENS
 MASK_TOKEN = SPECIAL_TOKENS[-1]
 
 
-def documents(families: list[str], num_documents: int, **metadata) -> dict[str, Dataset]:
+def documents(families: list[str], num_documents: int, prompt_end: str = "", **metadata) -> dict[str, Dataset]:
     """`num_documents` held-out examples of each family, always the same; the harness's metadata is not used.
+
+    With `prompt_end`, those among them whose prompts end with it.
 
     A document has the fields of [`Example`] and `masked_text`, its text with one [MASK] for each blank: in the
     families with blanks, each is one token of the embedded model's tokenizer.
     """
     examples = [example for family in families for example in held_out_examples(family, num_documents)]
-    rows = [{**vars(example), "masked_text": _mask_blanks(example)} for example in examples]
+    asked = [example for example in examples if example.prompt.endswith(prompt_end)]
+    rows = [{**vars(example), "masked_text": _mask_blanks(example)} for example in asked]
     return {"test": Dataset.from_list(rows)}
 
 

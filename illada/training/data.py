@@ -1,7 +1,7 @@
 """From texts to batches: tokenised examples, the windows that they fill, and the collator."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import datasets
@@ -167,14 +167,22 @@ class CorpusWindows(IterableDataset):
     The stream cannot be divided: with several loader workers the first one reads it, and the others have nothing.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, seed: int):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        seed: int,
+        difficulty: str = "easy",
+        opening: Mapping[str, int] | None = None,
+    ):
         self.tokenizer, self.length, self.seed = tokenizer, length, seed
+        self.difficulty, self.opening = difficulty, opening or {}
 
     def __iter__(self) -> Iterator[dict[str, list]]:
         worker = get_worker_info()
         if worker is not None and worker.id > 0:
             return
-        examples = training_examples(self.seed)
+        examples = training_examples(self.seed, self.difficulty, self.opening)
         chunks = (list(itertools.islice(examples, CHUNK)) for _ in itertools.count())
         encoded = itertools.chain.from_iterable(encode(self.tokenizer, chunk) for chunk in chunks)
         yield from windows(encoded, self.length)

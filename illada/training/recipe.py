@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from .. import EMBEDDED_MODEL, ILLaDAConfig, ILLaDAForCausalLM, MaskedDiffusionGenerationMixin
-from .corpus import FAMILIES, held_out_examples
+from .corpus import DIFFICULTIES, FAMILIES, held_out_examples
 from .data import CorpusWindows, MaskedDiffusionCollator, build_dataset, encode, encode_records, one_per_row, pack
 from .tokenizer import train_tokenizer
 from .trainer import EVALUATION_SEED, MaskedDiffusionTrainer, Objective
@@ -82,6 +82,8 @@ class DataArguments:
         format: `pretraining` (documents packed, each its own segment), `sft` (iLLaDA's: examples concatenated) or
             `llada_sft` (one example per row, prompt visible, EOS padding).
         length: tokens in a window; in `llada_sft`, the most that an example may have.
+        corpus_difficulty: level of the corpus's examples: `easy`, `medium` or `hard`.
+        corpus_opening: number of examples of single families that come before the corpus's mixture.
         streaming: whether data are tokenised during training rather than before, in the order of the file and again
             from its beginning; `max_steps` must be set then.
         sample_prompts: texts that the model continues at every evaluation.
@@ -93,6 +95,8 @@ class DataArguments:
     eval_data: str | None = None
     format: str = "sft"
     length: int = 1024
+    corpus_difficulty: str = "easy"
+    corpus_opening: dict[str, int] = field(default_factory=dict)
     streaming: bool = False
     sample_prompts: list[str] = field(default_factory=list)
     split_probability: float | None = None
@@ -107,6 +111,16 @@ class DataArguments:
             raise ValueError(f"`format` must be one of {', '.join(OBJECTIVES)}, got {self.format!r}.")
         if not isinstance(self.length, int) or self.length < 2:
             raise ValueError(f"`length` must be an integer of at least 2, got {self.length!r}.")
+        if self.corpus_difficulty not in DIFFICULTIES:
+            raise ValueError(
+                f"`corpus_difficulty` must be one of {', '.join(DIFFICULTIES)}, got {self.corpus_difficulty!r}."
+            )
+        for family, count in self.corpus_opening.items():
+            if family not in FAMILIES or not isinstance(count, int) or count < 0:
+                raise ValueError(
+                    f"`corpus_opening` must give a number of examples to some of {', '.join(FAMILIES)}, "
+                    f"got {family!r}: {count!r}."
+                )
 
     @property
     def objective(self) -> Objective:
@@ -256,11 +270,14 @@ def _rows(
 
 def _corpus(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int, held_out: bool) -> Dataset:
     if not held_out:
-        return CorpusWindows(tokenizer, arguments.length, seed)
+        difficulty, opening = arguments.corpus_difficulty, arguments.corpus_opening
+        return CorpusWindows(tokenizer, arguments.length, seed, difficulty, opening)
     examples = [
         example
         for family in FAMILIES
-        for example in held_out_examples(family, EVALUATION_EXAMPLES, split="validation")
+        for example in held_out_examples(
+            family, EVALUATION_EXAMPLES, split="validation", difficulty=arguments.corpus_difficulty
+        )
     ]
     random.Random(EVALUATION_SEED).shuffle(examples)
     return datasets.Dataset.from_list(list(pack(encode(tokenizer, examples), arguments.length, isolated=False)))

@@ -23,7 +23,9 @@ class Objective:
 
     Args:
         split_probability: share of the rows that are cut at a random point into two segments.
-        keep_prompt_probability: share of the rows whose prompts stay visible and are not learnt; 1 for LLaDA's SFT.
+        keep_prompt_probability: share of the rows that keep the prompt with which they begin: it stays visible and is
+            not learnt; 1 for LLaDA's SFT. Later prompts of a window are masked like answers: if they stood behind an
+            answer, they would give its length away, and no canvas of `generate` has them.
         eps: least mask probability; p = (1 - eps) t + eps.
         stratified: whether the t of one optimiser step are spread evenly over (0, 1], which lowers the variance.
         per_response: whether each row's loss is divided by its own number of learnt tokens, as in LLaDA's SFT, and
@@ -58,7 +60,7 @@ class Objective:
             `input_ids`, `labels`, `loss_weights` and `position_ids` (B, S).
         """
         kept = [random_stream(seed, Purpose.KEEP_PROMPT, row).random() < self.keep_prompt_probability for row in rows]
-        hidden = batch["is_prompt"] & torch.tensor(kept, device=batch["is_prompt"].device).unsqueeze(1)
+        hidden = batch["is_prompt"].cumprod(1).bool() & torch.tensor(kept, device=batch["is_prompt"].device).unsqueeze(1)
         maskable = (batch["labels"] != -100) & ~hidden
         probabilities = sample_mask_probabilities(seed, rows, strata if self.stratified else 1, self.eps)
         corruption = corrupt(batch["input_ids"], maskable, probabilities, mask_token_id, seed, rows)
