@@ -88,9 +88,7 @@ def train(
         text = CorpusWindows(tokenizer, *settings)
         trainer = Trainer(model=model, args=arguments, train_dataset=text, data_collator=causal_collator)
     if examples:
-        trainer.train_dataset = RepeatedWindows(
-            tokenizer, data.length, arguments.seed, data.corpus_opening, examples
-        )
+        trainer.train_dataset = RepeatedWindows(tokenizer, data.length, arguments.seed, data.corpus_opening, examples)
     trainer.train()
     trainer.model.save_pretrained(output)
     tokenizer.save_pretrained(output)

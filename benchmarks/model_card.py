@@ -47,10 +47,11 @@ freely from each family, these shares had their like among {trained:,} training 
 
 `illada train illada-tiny output_dir=FOLDER` repeats it, with the settings of
 `illada/training/recipes/illada-tiny.yaml`: {steps:,} steps of 16 windows of 64 tokens of synthetic text
-({tokens:.1f} million tokens), AdamW, seed 0, in fp32, about an hour on one CPU core. Examples are concatenated and windows end anywhere, so that
-the end of a canvas does not give the length of an answer away. The prompt at the beginning of a window stays visible,
-everything behind it may be masked. The first {opening} come before the mixture of the families: the copying that they
-teach is hardly ever learnt in the mixture from the start.
+({tokens:.1f} million tokens), AdamW, seed 0, in fp32, about an hour on one CPU core. Examples are concatenated and
+windows end anywhere, so that the end of a canvas does not give the length of an answer away. The prompt at the
+beginning of a window stays visible, everything behind it may be masked. {opening}
+come before the mixture of the families: the copying that they teach is hardly ever learnt in the mixture from the
+start.
 
 ![Training loss](loss.png)
 

@@ -165,8 +165,8 @@ def sentence(rng: random.Random, difficulty: Difficulty) -> Example:
     """A document with numbers or a name blanked in its middle, each of which follows from the rest."""
     name, (first, second) = rng.choice(list(NAMES)), rng.sample(ITEMS, 2)
     a, b = (rng.randint(1, difficulty.largest_number // 2) for _ in range(2))
-    parts = ["Today", f" {name} has", f" {a}", f" {first} and", f" {b}", f" {second}.", f" {a}", " +", f" {b}", " =", f" {a + b}"]
-    parts += [", so", f" {name}", " has", f" {a + b}", " things in all."]
+    parts = ["Today", f" {name} has", f" {a}", f" {first} and", f" {b}", f" {second}.", f" {a}", " +", f" {b}", " ="]
+    parts += [f" {a + b}", ", so", f" {name}", " has", f" {a + b}", " things in all."]
     hidden = rng.choice(difficulty.sentence_blanks)
     starts = list(itertools.accumulate(map(len, parts), initial=0))
     return Example("sentence", "", "".join(parts), tuple((starts[i], starts[i + 1]) for i in hidden))

@@ -60,7 +60,8 @@ class Objective:
             `input_ids`, `labels`, `loss_weights` and `position_ids` (B, S).
         """
         kept = [random_stream(seed, Purpose.KEEP_PROMPT, row).random() < self.keep_prompt_probability for row in rows]
-        hidden = batch["is_prompt"].cumprod(1).bool() & torch.tensor(kept, device=batch["is_prompt"].device).unsqueeze(1)
+        first_prompts = batch["is_prompt"].cumprod(1).bool()
+        hidden = first_prompts & torch.tensor(kept, device=first_prompts.device).unsqueeze(1)
         maskable = (batch["labels"] != -100) & ~hidden
         probabilities = sample_mask_probabilities(seed, rows, strata if self.stratified else 1, self.eps)
         corruption = corrupt(batch["input_ids"], maskable, probabilities, mask_token_id, seed, rows)
