@@ -19,9 +19,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
+import matplotlib
 import torch
 import typer
 from exact_match import evaluate_examples, prompt_ids
+from matplotlib import pyplot as plt
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 
@@ -29,6 +31,8 @@ from illada import ILLaDAConfig
 from illada.training.corpus import FAMILIES, Example, held_out_examples, training_examples
 from illada.training.data import CorpusWindows, Encoded, encode, windows
 from illada.training.recipe import build_trainer, load_tokenizer, read_settings
+
+matplotlib.use("Agg")
 
 app = typer.Typer(add_completion=False)
 
@@ -150,11 +154,26 @@ def measure(folder: Path, count: int, batch_size: int) -> list[dict]:
     return rows
 
 
+def draw(results: dict[str, dict[str, dict]], path: Path):
+    """Bars of exact match, a group for each test."""
+    names = list(tests(1))
+    width = 0.8 / len(results)
+    figure, axes = plt.subplots(figsize=(10, 3.6), layout="constrained")
+    for place, (model, by_test) in enumerate(results.items()):
+        heights = [100 * by_test[test]["exact_match"] for test in names]
+        axes.bar([group + width * (place + 0.5) - 0.4 for group in range(len(names))], heights, width, label=model)
+    axes.set(xticks=range(len(names)), xticklabels=names, ylabel="exact match (%)", ylim=(0, 105))
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    figure.savefig(path, dpi=110)
+
+
 @app.command()
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Trained models, by either kind.")],
     count: Annotated[int, typer.Option(help="Held-out examples of each test.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Prompts in a batch.")] = 50,
+    picture: Annotated[Path | None, typer.Option(help="Where exact match is drawn.")] = None,
 ):
     """Print exact match, tokens per forward and seconds of each model in each test, a table each."""
     torch.set_num_threads(1)
@@ -163,6 +182,8 @@ def compare(
         for row in measure(folder, count, batch_size):
             name = f"{row['model']}, {row['preset']}" if row["preset"] else row["model"]
             results.setdefault(name, {})[row["test"]] = row
+    if picture is not None:
+        draw(results, picture)
     for figure, form in (("exact_match", "{:.1%}"), ("tokens_per_forward", "{:.2f}"), ("seconds", "{:.1f}")):
         names = list(tests(1))
         typer.echo(f"\n| {figure.replace('_', ' ')} | {' | '.join(names)} |")
