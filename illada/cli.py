@@ -169,8 +169,7 @@ def revise(
 ):
     """Write anew the tokens of a text that the model finds least likely in their context.
 
-    Example:
-    `illada revise "Today Tom has 3 pears and 4 cups. 3 + 4 = 9, so Tom has 7 things in all." --threshold 0.02`
+    Example: `illada revise "Today Tom has 3 pears and 4 cups. 3 + 4 = 9, so Tom has 7 things in all." --threshold 0.1`
     """
     text = sys.stdin.read() if text == "-" else text
     if not text.strip():

@@ -366,9 +366,9 @@ def test_compiled_passes_with_blanks_and_guidance(block_cache, fresh_dynamo):
 
 
 @pytest.mark.parametrize("block_cache", CACHES)
-def test_flex_attention_sees_the_cache(block_cache, fresh_dynamo, monkeypatch):
+@torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+def test_flex_attention_sees_the_cache(block_cache, fresh_dynamo):
     # Torch 2.13's C++ for flex attention does not compile where the numbers of queries and of keys are both dynamic.
-    monkeypatch.setattr(torch._dynamo.config, "automatic_dynamic_shapes", False)
     model = random_model(0, num_layers=2).float()  # the precision that it has on a CPU
     arguments = pad_left([[7, 8, 9], [10, 11, 12, 13, 14]]) | {"max_new_tokens": 8, "block_length": 4}
     arguments |= {"canvas": "fixed", "block_cache": block_cache}
