@@ -536,6 +536,7 @@ def main(folder: Path):
     if torch.distributed.get_rank() == 0:
         (folder / "runs.json").write_text(json.dumps(runs, default=str))
         (folder / "requests.json").write_text(json.dumps(counts))
+    torch.distributed.destroy_process_group()  # Gloo's threads may abort a process that ends before them
 
 
 if __name__ == "__main__":
