@@ -48,8 +48,8 @@ class RepeatedWindows(IterableDataset):
     The opening draws its examples from the same ones.
     """
 
-    def __init__(self, tokenizer, length: int, seed: int, opening: dict[str, int], count: int):
-        self.examples = list(itertools.islice(training_examples(seed), count))
+    def __init__(self, tokenizer, length: int, seed: int, difficulty: str, opening: dict[str, int], count: int):
+        self.examples = list(itertools.islice(training_examples(seed, difficulty), count))
         self.encoded = encode(tokenizer, self.examples)
         self.length, self.seed, self.opening = length, seed, opening
 
@@ -79,6 +79,7 @@ def train(
     """Train one of the two models by the embedded model's recipe."""
     overrides = [f"output_dir={output}/checkpoints", *(settings or ())]
     model_settings, data, arguments = read_settings("illada-tiny", overrides)
+    corpus = (data.length, arguments.seed, data.corpus_difficulty, data.corpus_opening)
     if kind is Kind.diffusion:
         trainer = build_trainer(model_settings, data, arguments)
         tokenizer = trainer.processing_class
@@ -88,11 +89,10 @@ def train(
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
         tied = {"tie_word_embeddings": ILLaDAConfig().tie_word_embeddings}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **special, **tied, **model_settings.config))
-        settings = (data.length, arguments.seed, data.corpus_difficulty, data.corpus_opening)
-        text = CorpusWindows(tokenizer, *settings)
+        text = CorpusWindows(tokenizer, *corpus)
         trainer = Trainer(model=model, args=arguments, train_dataset=text, data_collator=causal_collator)
     if examples:
-        trainer.train_dataset = RepeatedWindows(tokenizer, data.length, arguments.seed, data.corpus_opening, examples)
+        trainer.train_dataset = RepeatedWindows(tokenizer, *corpus, examples)
     trainer.train()
     trainer.model.save_pretrained(output)
     tokenizer.save_pretrained(output)

@@ -493,6 +493,7 @@ def test_a_broken_recipe_is_named_by_file_line_and_field(tmp_path, text, message
 def test_values_out_of_range_are_refused(settings, tmp_path):
     for changes, message in [
         ({"corpus_difficulty": "extreme"}, "`corpus_difficulty` must be one of easy, medium, hard, got 'extreme'"),
+        ({"corpus_opening": ["grid"]}, r"`corpus_opening` must map families to numbers, got \['grid'\]"),
         ({"corpus_opening": {"maze": 5}}, "`corpus_opening` must give a number of examples .* got 'maze': 5"),
         ({"split_probability": 1.5}, r"`split_probability` must be in \[0, 1\], got 1.5"),
         ({"length": 65}, "`length` must be at most the model's 64 positions, got 65"),

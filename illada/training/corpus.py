@@ -11,7 +11,6 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 NAMES = {
     "Tom": "He",
@@ -222,16 +221,16 @@ FAMILIES: dict[str, tuple[Callable[[random.Random, Difficulty], Example], float]
 
 
 def training_examples(
-    seed: int, difficulty: str = "easy", opening: Mapping[str, int] = MappingProxyType({})
+    seed: int, difficulty: str = "easy", opening: Mapping[str, int] | None = None
 ) -> Iterator[Example]:
     """An endless stream of training examples in the shares of [`FAMILIES`], the same for the same seed.
 
     Args:
-        opening: number of examples of single families that come before the mixture. To copy names in an order is
+        opening: number of examples of single families that come before the mixture. Copying names in an order is
             learnt in 600 steps where nothing else is asked, and hardly ever in the mixture from the start.
     """
     rng = random.Random(seed)
-    stages = [([FAMILIES[family][0]], [1.0], count) for family, count in opening.items()]
+    stages = [([FAMILIES[family][0]], [1.0], count) for family, count in (opening or {}).items()]
     for generators, shares, count in (*stages, (*zip(*FAMILIES.values()), None)):
         drawn = (rng.choices(generators, shares)[0](rng, DIFFICULTIES[difficulty]) for _ in itertools.count())
         yield from itertools.islice((example for example in drawn if example.split == "train"), count)

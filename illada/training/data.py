@@ -176,7 +176,7 @@ class CorpusWindows(IterableDataset):
         opening: Mapping[str, int] | None = None,
     ):
         self.tokenizer, self.length, self.seed = tokenizer, length, seed
-        self.difficulty, self.opening = difficulty, opening or {}
+        self.difficulty, self.opening = difficulty, opening
 
     def __iter__(self) -> Iterator[dict[str, list]]:
         worker = get_worker_info()

@@ -115,6 +115,8 @@ class DataArguments:
             raise ValueError(
                 f"`corpus_difficulty` must be one of {', '.join(DIFFICULTIES)}, got {self.corpus_difficulty!r}."
             )
+        if not isinstance(self.corpus_opening, dict):
+            raise ValueError(f"`corpus_opening` must map families to numbers, got {self.corpus_opening!r}.")
         for family, count in self.corpus_opening.items():
             if family not in FAMILIES or not isinstance(count, int) or count < 0:
                 raise ValueError(
