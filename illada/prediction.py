@@ -11,7 +11,8 @@ from .canvas import Block, Canvas
 from .generation_config import MaskedDiffusionGenerationConfig
 
 BUCKET = 128
-"""Columns of a compiled block forward are a multiple of this, so that calls of similar length share a shape."""
+"""In columns. The canvas of a compiled block forward is a multiple of this, so that calls of similar length share a
+shape; and rows whose padding is the same number of buckets share a full forward."""
 
 
 class Predictor:
@@ -31,7 +32,7 @@ class Predictor:
     def __init__(self, model, canvas: Canvas, config: MaskedDiffusionGenerationConfig, max_length: int):
         self.model, self.canvas, self.config, self.max_length = model, canvas, config, max_length
         self.num_branches = 2 if config.guidance_scale not in (None, 1) else 1
-        self.is_padded = not bool(canvas.attention_mask.all())
+        self.first_columns = canvas.attention_mask.int().argmax(-1).tolist()
         self.cache = self.compiled_decoder = self.static_width = None
         if config.compile:
             self.compiled_decoder = self._compiled_decoder()
@@ -62,12 +63,39 @@ class Predictor:
         return self.rows[is_asked]
 
     def __call__(self, row_index: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
-        """Logits (M, V), at least fp32, of the positions with these columns (M,) in these of the rows of `seat`."""
-        canvas, row_index = self.canvas, self.asked[row_index]
-        rows = self.rows.to(canvas.tokens.device)
+        """Logits (M, V), at least fp32, of the positions with these columns (M,) in these of the rows of `seat`.
+
+        Without a cache, rows that are much longer than others have a forward pass of their own, and no pass has
+        columns that are padding in all of its rows.
+        """
+        if self.cache is not None:
+            return self._logits(self.rows, self.asked[row_index], columns)
+        groups: dict[int, list[int]] = {}
+        for place, row in enumerate(self.rows.tolist()):
+            groups.setdefault(self.first_columns[row] // BUCKET, []).append(place)
+        if len(groups) == 1:
+            return self._logits(self.rows, row_index, columns)
+
+        group_of_row, place_of_row = torch.empty(2, len(self.rows), dtype=torch.long)
+        for group, places in enumerate(groups.values()):
+            group_of_row[places], place_of_row[places] = group, torch.arange(len(places))
+        group, row_index = (of_row.to(row_index.device)[row_index] for of_row in (group_of_row, place_of_row))
+        order = group.argsort(stable=True)
+        parts = [
+            self._logits(self.rows[places], row_index[picked], columns[picked])
+            for places, picked in zip(groups.values(), order.split(group.bincount(minlength=len(groups)).tolist()))
+        ]
+        return torch.cat(parts)[order.argsort()]
+
+    def _logits(self, rows: torch.LongTensor, row_index: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
+        """Logits (M, V), at least fp32, of the positions with these columns (M,) in these of `rows` (R,), one pass."""
+        canvas = self.canvas
+        first_columns = [self.first_columns[row] for row in rows.tolist()]
+        first = min(first_columns) if self.cache is None else 0
+        rows = rows.to(canvas.tokens.device)
         if self.is_full:
-            computed = torch.arange(canvas.length, device=rows.device).expand(len(rows), -1)
-            index, num_visible = columns, canvas.length
+            computed = torch.arange(first, canvas.length, device=rows.device).expand(len(rows), -1)
+            index, num_visible = columns - first, canvas.length
         else:
             computed, index = self.columns[rows], self.index[rows[row_index], columns]
             num_visible = self.cache.num_visible(canvas.length)
@@ -75,9 +103,11 @@ class Predictor:
             self.cache.look_at(computed, None if self.is_full else num_visible)
 
         read = (rows.unsqueeze(-1), computed.clamp(max=canvas.length - 1))  # in the scratch column stands any token
+        num_unused = num_visible - canvas.length
+        attention_mask = F.pad(canvas.attention_mask[rows, first:], (0, num_unused), value=False)
         inputs = {
             "input_ids": canvas.tokens[read],
-            "attention_mask": self._mask(rows, num_visible),
+            "attention_mask": attention_mask if max(first_columns) > first or num_unused else None,
             "position_ids": canvas.position_ids[read],
         }
         if self.num_branches == 2:
@@ -100,13 +130,6 @@ class Predictor:
         torch.compiler.cudagraph_mark_step_begin()
         hidden_states = self.compiled_decoder(**inputs).last_hidden_state
         return self.model.get_output_embeddings()(hidden_states[positions])
-
-    def _mask(self, rows: torch.LongTensor, num_visible: int) -> torch.BoolTensor | None:
-        """Which of the visible columns (R, num_visible) hold a token, or None if all do."""
-        num_unused = num_visible - self.canvas.length
-        if num_unused == 0 and not self.is_padded:
-            return None
-        return F.pad(self.canvas.attention_mask[rows], (0, num_unused), value=False)
 
     def _lay_out(self, block: Block):
         """Sets the columns (B, W) that block forwards compute, and the place (B, S) of each column among them."""

@@ -1,5 +1,7 @@
 """What holds for every way of decoding, on random models, prompts and settings."""
 
+from unittest import mock
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,11 +150,24 @@ def test_different_seeds_give_different_tokens():
 
 
 @examples
-@given(models, st.lists(prompts_with_blanks, min_size=2, max_size=3), schedules, parallel_rules, certain_rankings)
-def test_a_row_of_a_batch_is_what_it_is_alone(model, batch, schedule, rule, ranking):
-    """Rows differ in length, blanks and finishing time; those that finish leave the batch, and change no other."""
-    arguments = {**schedule, **rule, "remasking": ranking, "return_dict_in_generate": True, "output_trace": True}
-    together = model.generate(**pad_left(batch), **arguments)
+@given(
+    models,
+    st.lists(prompts_with_blanks, min_size=2, max_size=4),
+    schedules,
+    parallel_rules,
+    certain_rankings,
+    guidance,
+    st.sampled_from([1, 3, 128]),
+)
+def test_a_row_of_a_batch_is_what_it_is_alone(model, batch, schedule, rule, ranking, scale, bucket):
+    """Rows differ in length, blanks and finishing time; those that finish leave the batch, and change no other.
+
+    Those whose padding falls into different buckets of columns have forward passes of their own.
+    """
+    arguments = {**schedule, **rule, "remasking": ranking, "guidance_scale": scale}
+    arguments |= {"return_dict_in_generate": True, "output_trace": True}
+    with mock.patch("illada.prediction.BUCKET", bucket):
+        together = model.generate(**pad_left(batch), **arguments)
     width = max(map(len, batch))
     for row, prompt in enumerate(batch):
         alone = model.generate(torch.tensor([prompt]), **arguments)
