@@ -370,7 +370,10 @@ def plot(results: dict, path: Path):
         f"prompt {c.prompt_length}, new {c.new_tokens},\nblock {c.block_length}, batch {c.batch_size}"
         for c, _ in cases
     ]
-    axes.set(xticks=[i + 0.4 for i in range(len(cases))], ylabel="times as fast as published", yscale="log")
+    middles = [
+        i + sum(names.index(name) for name in row) / len(row) / (len(names) + 1) for i, (_, row) in enumerate(cases)
+    ]
+    axes.set(xticks=middles, ylabel="times as fast as published", yscale="log")
     axes.set_xticklabels(labels, fontsize=8)
     axes.set_title(f"{results['machine']}, shape {results['shape']}, {results['dtype']}", fontsize=9)
     axes.grid(alpha=0.3, axis="y")

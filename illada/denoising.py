@@ -86,12 +86,12 @@ class Denoiser:
             return False
         rows = self.predictor.seat(rows)
         masked = undecided[rows]
-        rows, masked, row_index, column = (
-            tensor.to(quota.device) for tensor in (rows, masked, *masked.nonzero(as_tuple=True))
-        )
-        positions = (rows[row_index], block.start + column)
+        row_index, column = masked.nonzero(as_tuple=True)
+        logits = self.predictor(row_index, block.start + column)
 
-        logits = self._process(positions, self.predictor(row_index, positions[1]))
+        rows, masked, row_index, column = (tensor.to(quota.device) for tensor in (rows, masked, row_index, column))
+        positions = (rows[row_index], block.start + column)
+        logits = self._process(positions, logits)
         prediction = Prediction(logits, self._propose(positions, logits))
         committed = self._select(prediction, masked, quota[rows])
         self.canvas.commit(rows, positions, prediction.tokens, prediction.probability, committed[row_index, column])

@@ -59,14 +59,14 @@ class Predictor:
             self.cache.seat(rows) if self.is_full else self.cache.retain(rows)
             self.rows = self.cache.rows
         is_asked = torch.isin(self.rows, rows)
-        self.asked = is_asked.nonzero().squeeze(-1).to(self.canvas.tokens.device)
+        self.asked = is_asked.nonzero().squeeze(-1)
         return self.rows[is_asked]
 
     def __call__(self, row_index: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
         """Logits (M, V), at least fp32, of the positions with these columns (M,) in these of the rows of `seat`.
 
-        Without a cache, rows that are much longer than others have a forward pass of their own, and no pass has
-        columns that are padding in all of its rows.
+        Both are on the host, so that nothing has to be read from the device. Without a cache, rows that are much
+        longer than others have a forward pass of their own, and no pass has columns that are padding in all its rows.
         """
         if self.cache is not None:
             return self._logits(self.rows, self.asked[row_index], columns)
@@ -76,23 +76,19 @@ class Predictor:
         if len(groups) == 1:
             return self._logits(self.rows, row_index, columns)
 
-        group_of_row, place_of_row = torch.empty(2, len(self.rows), dtype=torch.long)
-        for group, places in enumerate(groups.values()):
-            group_of_row[places], place_of_row[places] = group, torch.arange(len(places))
-        group, row_index = (of_row.to(row_index.device)[row_index] for of_row in (group_of_row, place_of_row))
-        order = group.argsort(stable=True)
-        parts = [
-            self._logits(self.rows[places], row_index[picked], columns[picked])
-            for places, picked in zip(groups.values(), order.split(group.bincount(minlength=len(groups)).tolist()))
-        ]
-        return torch.cat(parts)[order.argsort()]
+        picked, logits = [], []
+        for places in map(torch.tensor, groups.values()):
+            picked.append(torch.isin(row_index, places).nonzero().squeeze(-1))
+            row_in_group = torch.searchsorted(places, row_index[picked[-1]])
+            logits.append(self._logits(self.rows[places], row_in_group, columns[picked[-1]]))
+        return torch.cat(logits)[torch.cat(picked).argsort().to(logits[0].device)]
 
     def _logits(self, rows: torch.LongTensor, row_index: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
         """Logits (M, V), at least fp32, of the positions with these columns (M,) in these of `rows` (R,), one pass."""
         canvas = self.canvas
         first_columns = [self.first_columns[row] for row in rows.tolist()]
         first = min(first_columns) if self.cache is None else 0
-        rows = rows.to(canvas.tokens.device)
+        rows, row_index, columns = (tensor.to(canvas.tokens.device) for tensor in (rows, row_index, columns))
         if self.is_full:
             computed = torch.arange(first, canvas.length, device=rows.device).expand(len(rows), -1)
             index, num_visible = columns - first, canvas.length
