@@ -259,12 +259,12 @@ def serve(
 
     Example: `illada serve --host 127.0.0.1 --port 8000`
     """
-    source = ModelOptions(model).source()
     try:
         from .serving import run_server
     except ImportError as error:
         raise ValueError(f"`illada serve` needs the extra: pip install 'illada[serve]' ({error}).") from error
-    run_server(source, context.args)
+    # Of options that are not known here the first may have been taken for the model.
+    run_server([model, *context.args] if model is not None else context.args)
 
 
 app.command()(convert)

@@ -29,12 +29,18 @@ from transformers.cli.serve import Serve
 from transformers.cli.serving import chat_completion, completion, model_manager, response, server, utils
 
 from . import ILLaDAForCausalLM, LLaDAModelLM
+from .options import ModelOptions
 
 _BUDGETS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "generation_config")
 
 
-def run_server(model: str, options: list[str]):
-    """Serves `model`, a folder or a Hub id, until interrupted; `options` are those of `transformers serve`."""
+def run_server(arguments: list[str]):
+    """Serves until interrupted. `arguments` are those of `transformers serve`, and may leave the model out.
+
+    Raises:
+        ValueError: if the model is neither a folder nor a Hub id.
+    """
+    context = server_context(arguments)
     for model_class in (ILLaDAForCausalLM, LLaDAModelLM):
         setattr(transformers, model_class.__name__, model_class)
     # `Serve` looks its parts up in these modules when it is called.
@@ -44,9 +50,16 @@ def run_server(model: str, options: list[str]):
     model_manager.ModelManager = OneModelManager
     utils.GenerateManager = CheckedGenerateManager
     server.build_server = build_server
-    command = typer.Typer(add_completion=False)
-    command.command(name="illada serve")(Serve)
-    command([*options, "--", model], standalone_mode=False)
+    context.command.invoke(context)
+
+
+def server_context(arguments: list[str]):
+    """The parsed arguments of `transformers serve`, as its command's context, with a model in any case."""
+    app = typer.Typer(add_completion=False)
+    app.command(name="illada serve")(Serve)
+    context = typer.main.get_command(app).make_context("illada serve", list(arguments))
+    context.params["force_model"] = ModelOptions(context.params["force_model"]).source()
+    return context
 
 
 class OneModelManager(model_manager.ModelManager):

@@ -14,12 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from processes import heed_interrupts
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from illada import EMBEDDED_MODEL
+from illada.cli import app
 
 openai = pytest.importorskip("openai", reason="needs the extra serve")
 pytest.importorskip("fastapi", reason="needs the extra serve")
 psutil = pytest.importorskip("psutil", reason="needs psutil, which accelerate installs")
+serving = pytest.importorskip("illada.serving", reason="needs the extra serve")
 
 QUESTIONS = [f"Tom has {n} apples. He buys {n + 2} more. How many apples does Tom have now?" for n in range(2, 10)]
 LONG = 192  # tokens of an answer that takes a while
@@ -47,7 +50,7 @@ class Server:
         self.url, self.log = f"http://127.0.0.1:{port}", log
         options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "illada.cli", "serve", str(folder), *options],
+            [sys.executable, "-m", "illada.cli", "serve", *options, str(folder)],
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -112,6 +115,18 @@ def ask(client, question: str, stream: bool = False, **settings) -> str:
     if not stream:
         return completion.choices[0].message.content
     return "".join(chunk.choices[0].delta.content or "" for chunk in completion)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--port", "9"], ["{}", "--port", "9"], ["--port", "9", "{}"], ["--port=9", "{}"]]
+)
+def test_the_model_may_be_left_out_or_stand_anywhere(checkpoint, monkeypatch, arguments):
+    contexts = []
+    monkeypatch.setattr(serving, "run_server", lambda arguments: contexts.append(serving.server_context(arguments)))
+    result = CliRunner().invoke(app, ["serve", *(argument.format(checkpoint) for argument in arguments)])
+    assert result.exit_code == 0, result.exception
+    model = str(checkpoint) if "{}" in arguments else str(EMBEDDED_MODEL)
+    assert contexts[0].params["force_model"] == model and contexts[0].params["port"] == 9
 
 
 def test_the_model_is_listed(server):
