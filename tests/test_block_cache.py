@@ -270,23 +270,27 @@ class HostReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def count_host_reads(batch: list[list[int]], **arguments) -> int:
+    with HostReads() as reads:
+        MODELS[0].generate(
+            **pad_left(batch), **arguments, max_new_tokens=16, block_length=8, eos_token_id=None, pad_token_id=PAD
+        )
+    return reads.count
+
+
 @pytest.mark.parametrize("block_cache", [None, *CACHES])
 def test_a_step_reads_no_number_on_the_host(block_cache):
     """Neither rows nor steps add to the `item`, `bool` and `int` of a call."""
-    counts = set()
-    for num_rows, max_denoising_steps in ((1, 2), (1, 8), (5, 8)):
-        with HostReads() as reads:
-            MODELS[0].generate(
-                torch.full((num_rows, 6), 7),
-                max_new_tokens=16,
-                block_length=8,
-                max_denoising_steps=max_denoising_steps,
-                block_cache=block_cache,
-                eos_token_id=None,
-                pad_token_id=PAD,
-            )
-        counts.add(reads.count)
-    assert len(counts) == 1
+    cases = ((1, 2), (1, 8), (5, 8))
+    assert (
+        len({count_host_reads([[7] * 6] * n, max_denoising_steps=k, block_cache=block_cache) for n, k in cases}) == 1
+    )
+
+
+def test_passes_of_rows_of_different_length_read_no_number_on_the_host(monkeypatch):
+    monkeypatch.setattr("illada.prediction.BUCKET", 2)
+    batches = ([[7] * 6, [8]], [[7] * 6, [8] * 5, [9] * 3, [10]])
+    assert len({count_host_reads(batch, max_denoising_steps=k) for batch in batches for k in (2, 8)}) == 1
 
 
 # Arguments
