@@ -11,14 +11,14 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from illada import EMBEDDED_MODEL
+from illada.text.prompts import encode_prompt
 from illada.training.corpus import FAMILIES, Example, held_out_examples
 
 
 def prompt_ids(tokenizer, example: Example) -> list[int]:
     """The chat prompt, or the document with a [MASK] for each token that a blank hides."""
     if example.prompt:
-        messages = [{"role": "user", "content": example.prompt}]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return encode_prompt(tokenizer, example.prompt)
     encoding = tokenizer(example.text, return_offsets_mapping=True, add_special_tokens=False)
     ids = [
         tokenizer.mask_token_id if any(start < e and s < end for s, e in example.blanks) else token

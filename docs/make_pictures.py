@@ -13,10 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from illada import EMBEDDED_MODEL
-from illada.blanks import encode_with_blanks
 from illada.demo.examples import with_blanks
 from illada.demo.picture import confidence_colour, step_colour
-from illada.trace import trace_tokens
+from illada.text.blanks import encode_with_blanks
+from illada.text.prompts import encode_prompt
+from illada.text.trace import trace_tokens
 from illada.training.corpus import held_out_examples
 
 ROOT = Path(__file__).parents[1]
@@ -34,8 +35,7 @@ def denoise(family: str, count: int = 40) -> tuple[str, list[dict], int]:
     best: tuple[str, list[dict], int] = ("", [], 0)
     for example in held_out_examples(family, count):
         if example.prompt:
-            messages = [{"role": "user", "content": example.prompt}]
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            ids = encode_prompt(tokenizer, example.prompt)
             first_column, settings = len(ids), {}
         else:
             ids = encode_with_blanks(tokenizer, with_blanks(tokenizer, example), model.config.mask_token_id)

@@ -4,12 +4,12 @@ import inspect
 from pathlib import Path
 
 import illada
-import illada.blanks
 import illada.conversion
 import illada.evaluation
-import illada.trace
+import illada.text.blanks
+import illada.text.trace
 
-MODULES = (illada, illada.blanks, illada.trace, illada.conversion, illada.evaluation)
+MODULES = (illada, illada.text.blanks, illada.text.trace, illada.conversion, illada.evaluation)
 METHODS = {"MaskedDiffusionGenerationMixin": ("generate", "revise"), "ILLaDAForCausalLM": ("forward",)}
 HEAD = """# Reference
 

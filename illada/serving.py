@@ -29,7 +29,7 @@ from transformers.cli.serve import Serve
 from transformers.cli.serving import chat_completion, completion, model_manager, response, server, utils
 
 from . import ILLaDAForCausalLM, LLaDAModelLM
-from .options import ModelOptions
+from .text.loading import locate
 
 _BUDGETS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "generation_config")
 
@@ -58,7 +58,7 @@ def server_context(arguments: list[str]):
     app = typer.Typer(add_completion=False)
     app.command(name="illada serve")(Serve)
     context = typer.main.get_command(app).make_context("illada serve", list(arguments))
-    context.params["force_model"] = ModelOptions(context.params["force_model"]).source()
+    context.params["force_model"] = locate(context.params["force_model"])
     return context
 
 

@@ -22,7 +22,7 @@ def watch(event, arguments):
             print("REACHES FOR", address, file=sys.stderr, flush=True)
 
 sys.addaudithook(watch)
-from illada.cli import main
+from illada.commands.main import main
 main()
 """
 

@@ -1,6 +1,6 @@
 import pytest
 
-from illada.blanks import encode_with_blanks
+from illada.text.blanks import encode_with_blanks
 from illada.training.tokenizer import train_tokenizer
 
 

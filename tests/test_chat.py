@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from illada import EMBEDDED_MODEL
-from illada.chat import Chat
-from illada.cli import app
+from illada.commands.conversation import Conversation
+from illada.commands.main import app
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'][0] + ' ' + message['content'] + '\n' }}{% endfor %}"
@@ -105,7 +105,7 @@ def test_a_template_without_a_system_message_is_named():
 
 def test_a_checkpoint_without_a_template_is_refused(model_and_tokenizer):
     with pytest.raises(ValueError, match="needs a checkpoint with a chat template"):
-        Chat(model_and_tokenizer[0], tiny_tokenizer(), {}, live=False, system=None)
+        Conversation(model_and_tokenizer[0], tiny_tokenizer(), {}, live=False, system=None)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def terminal():
     def spawn(*options):
         return pexpect.spawn(
             sys.executable,
-            ["-m", "illada.cli", "chat", *options],
+            ["-m", "illada", "chat", *options],
             encoding="utf-8",
             timeout=120,
             env={**os.environ, "TERM": "xterm", "HF_HUB_OFFLINE": "1"},
@@ -168,7 +168,7 @@ def test_an_interrupt_without_a_terminal_ends_it(checkpoint):
     import subprocess
 
     process = subprocess.Popen(
-        [sys.executable, "-m", "illada.cli", "chat", "--model", str(checkpoint)],
+        [sys.executable, "-m", "illada", "chat", "--model", str(checkpoint)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

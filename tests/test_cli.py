@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import illada
 from illada import EMBEDDED_MODEL
-from illada.blanks import encode_with_blanks
-from illada.cli import app, main
+from illada.commands.main import app, main
+from illada.text.blanks import encode_with_blanks
 
 QUESTION = "Tom has 7 apples. He buys 5 more. How many apples does Tom have now?"
 SENTENCE = "Today Tom has 3 pears and<[MASK]> cups. 3 + 4 = 7, so Tom has 7 things in all."
@@ -33,7 +33,7 @@ def run(capsys, monkeypatch, *arguments: str) -> tuple[int, str, str]:
 def test_installed_command_answers_offline():
     """The README's command, as a process: piped output is the answer alone."""
     result = subprocess.run(
-        [sys.executable, "-m", "illada.cli", "generate", QUESTION], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "illada", "generate", QUESTION], capture_output=True, text=True, check=True
     )
     assert result.stdout.endswith("\n") and "\x1b" not in result.stdout
     assert len(result.stdout.splitlines()) == 1 and result.stdout.strip()
@@ -127,7 +127,11 @@ def test_version(capsys, monkeypatch):
 
 def test_a_shell_completes_commands():
     environment = {**os.environ, "_ILLADA_COMPLETE": "complete_bash", "COMP_WORDS": "illada inf", "COMP_CWORD": "1"}
-    command = [sys.executable, "-c", "import sys; sys.argv[0] = 'illada'; from illada.cli import main; main()"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; sys.argv[0] = 'illada'; from illada.commands.main import main; main()",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.stdout.split() == ["infill", "info"] or result.stdout.split() == ["infill"], result
 

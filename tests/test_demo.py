@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from illada import EMBEDDED_MODEL
-from illada.blanks import encode_with_blanks
-from illada.cli import app
+from illada.commands.main import app
 from illada.demo import examples
 from illada.demo.picture import denoising_html
 from illada.demo.playing import LiveTokens, hide_after, steps_and_output
-from illada.trace import trace_tokens
+from illada.text.blanks import encode_with_blanks
+from illada.text.trace import trace_tokens
 from illada.training.corpus import held_out_examples
 from illada.training.tokenizer import train_tokenizer
 

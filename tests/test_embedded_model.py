@@ -52,7 +52,7 @@ def test_its_card_has_a_figure_for_every_family():
 
 def fill(model, tokenizer, example) -> tuple[str, float]:
     """The document of an example with its blanks filled, and tokens per forward."""
-    from illada.blanks import encode_with_blanks
+    from illada.text.blanks import encode_with_blanks
 
     text = example.text
     for start, end in reversed(example.blanks):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from illada import EMBEDDED_MODEL
-from illada.cli import app
+from illada.commands.main import app
 
 openai = pytest.importorskip("openai", reason="needs the extra serve")
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -50,7 +50,7 @@ class Server:
         self.url, self.log = f"http://127.0.0.1:{port}", log
         options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "illada.cli", "serve", *options, str(folder)],
+            [sys.executable, "-m", "illada", "serve", *options, str(folder)],
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},

@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
-from illada.live import COMMITTED_STYLE, DRAFT_STYLE, LiveDenoising
-from illada.trace import check_trace_path, trace_tokens, write_trace
+from illada.commands.live import COMMITTED_STYLE, DRAFT_STYLE, LiveDenoising
+from illada.text.trace import check_trace_path, trace_tokens, write_trace
 from illada.training.tokenizer import train_tokenizer
 
 PROMPT = torch.tensor([[0, 40, 5, 42]])
@@ -61,7 +61,7 @@ def test_bad_paths(tmp_path, tokenizer, output):
 
 
 def test_a_picture_without_matplotlib_is_refused_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("illada.trace.find_spec", lambda name: None)
+    monkeypatch.setattr("illada.text.trace.find_spec", lambda name: None)
     check_trace_path(tmp_path / "trace.html")
     with pytest.raises(ValueError, match="matplotlib"):
         check_trace_path(tmp_path / "trace.png")

@@ -16,7 +16,7 @@ from tiny_models import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from illada import ILLaDAForCausalLM
-from illada.cli import main
+from illada.commands.main import main
 from illada.training.data import MaskedDiffusionCollator, encode, encode_records, one_per_row, pack
 from illada.training.recipe import build_trainer, read_settings, recipe_names, train_recipe
 from illada.training.records import read_records

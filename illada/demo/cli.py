@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from .. import EMBEDDED_MODEL
-from ..options import ModelOptions, expand_options
+from ..commands.options import ModelOptions, expand_options
+from ..text.loading import locate
 
 
 @expand_options
@@ -29,8 +30,9 @@ def demo(
     except ModuleNotFoundError as error:
         raise ValueError(f"`illada demo` needs Gradio: pip install 'illada[demo]' ({error}).") from error
     model, tokenizer = checkpoint.load()
-    is_embedded = Path(checkpoint.source()).resolve() == EMBEDDED_MODEL
-    page = build_page(model, tokenizer, EMBEDDED_MODEL.name if is_embedded else checkpoint.source(), is_embedded)
+    place = locate(checkpoint.model, "--model")
+    is_embedded = Path(place).resolve() == EMBEDDED_MODEL
+    page = build_page(model, tokenizer, EMBEDDED_MODEL.name if is_embedded else place, is_embedded)
     page.launch(
         server_name=host,
         server_port=port,

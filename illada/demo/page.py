@@ -9,11 +9,12 @@ import gradio as gr
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..blanks import encode_with_blanks
 from ..denoising import DenoisingStep
 from ..generation_config import CANVASES, PARALLEL_RULES, PRESETS
 from ..remasking import RANKINGS
-from ..trace import trace_tokens
+from ..text.blanks import encode_with_blanks
+from ..text.prompts import encode_prompt
+from ..text.trace import trace_tokens
 from . import examples
 from .picture import CSS, denoising_html
 from .playing import LiveTokens, hide_after, steps_and_output
@@ -227,7 +228,7 @@ class Page:
             if not (message := values[self.message].strip()):
                 raise ValueError("The message must hold some text.")
             conversation = [*values[self.conversation], {"role": "user", "content": message}]
-            input_ids = self._encode_chat(conversation if values[self.remember] else conversation[-1:])
+            input_ids = encode_prompt(self.tokenizer, conversation if values[self.remember] else conversation[-1:])
             live = LiveTokens(self.tokenizer, self.model.generation_config.mask_token_id, len(input_ids))
 
             def show(tokens: list[dict]) -> dict:
@@ -302,12 +303,6 @@ class Page:
         for step in range(record[1] + 1):
             yield self._show(record, step), step
             time.sleep(pause)
-
-    def _encode_chat(self, messages: list[dict]) -> list[int]:
-        """The conversation by the chat template; a checkpoint without one continues the last message."""
-        if self.tokenizer.chat_template is None:
-            return self.tokenizer(messages[-1]["content"])["input_ids"]
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
     def _first_column(self, input_ids: list[int]) -> int:
         """Where a text begins to be shown: after its BOS."""

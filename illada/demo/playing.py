@@ -1,4 +1,4 @@
-"""A denoising as it happens, and again afterwards: lists of tokens in the form of `illada.trace.trace_tokens`.
+"""A denoising as it happens, and again afterwards: lists of tokens in the form of `illada.text.trace.trace_tokens`.
 
 A token is a dict of `text`, `step` (the forward pass that committed it, 0 if it was given, None while it is undecided)
 and `confidence` (None if there is none). The text of an undecided token is the current guess, or empty.

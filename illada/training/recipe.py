@@ -22,7 +22,8 @@ from transformers import (
     set_seed,
 )
 
-from .. import EMBEDDED_MODEL, ILLaDAConfig, ILLaDAForCausalLM, MaskedDiffusionGenerationMixin
+from .. import ILLaDAConfig, ILLaDAForCausalLM, MaskedDiffusionGenerationMixin
+from ..text.loading import TOKENIZER_FILES, locate
 from .corpus import DIFFICULTIES, FAMILIES, held_out_examples
 from .data import CorpusWindows, MaskedDiffusionCollator, build_dataset, encode, encode_records, one_per_row, pack
 from .tokenizer import train_tokenizer
@@ -199,7 +200,9 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     name = arguments.tokenizer or arguments.model
     if name == CORPUS:
         return train_tokenizer()
-    return AutoTokenizer.from_pretrained(_checkpoint(name))
+    return AutoTokenizer.from_pretrained(
+        locate(name, "tokenizer" if arguments.tokenizer else "model", files=TOKENIZER_FILES)
+    )
 
 
 def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -215,7 +218,7 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
         )
     else:
         model = AutoModelForCausalLM.from_pretrained(
-            _checkpoint(arguments.model), dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
+            locate(arguments.model), dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
         )
         if not isinstance(model, MaskedDiffusionGenerationMixin):
             raise ValueError(f"`model` must be a masked diffusion model, got {arguments.model!r}.")
@@ -226,10 +229,6 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(model, LoraConfig(**arguments.lora))
-
-
-def _checkpoint(name: str) -> str:
-    return str(EMBEDDED_MODEL) if name == EMBEDDED_MODEL.name else name
 
 
 def load_data(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Trainer
 
+from ..text.prompts import encode_prompt
 from .corruption import Purpose, corrupt, random_stream, sample_mask_probabilities
 from .segments import isolate_segments, split_segments
 
@@ -149,11 +150,7 @@ class MaskedDiffusionTrainer(Trainer):
     @torch.no_grad()
     def _continue(self, prompt: str) -> str:
         tokenizer = self.processing_class
-        if tokenizer.chat_template:
-            messages = [{"role": "user", "content": prompt}]
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        else:
-            ids = tokenizer(prompt)["input_ids"]
+        ids = encode_prompt(tokenizer, prompt)
         input_ids = torch.tensor([ids], device=self.args.device)
         output = self.model.eval().generate(input_ids)
         return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)

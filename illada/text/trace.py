@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from .generation import MaskedDiffusionGenerationOutput
+from ..generation import MaskedDiffusionGenerationOutput
 
 FORMATS = (".html", ".png")
 

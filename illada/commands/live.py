@@ -9,8 +9,8 @@ from rich.live import Live
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from .denoising import DenoisingStep
-from .generation import MaskedDiffusionGenerationOutput
+from ..denoising import DenoisingStep
+from ..generation import MaskedDiffusionGenerationOutput
 
 DRAFT_STYLE, COMMITTED_STYLE = "dim yellow", "bold green"
 

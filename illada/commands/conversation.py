@@ -6,6 +6,7 @@ import sys
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from ..text.prompts import encode_prompt
 from .live import run_generate
 
 try:
@@ -22,7 +23,7 @@ HELP = """\
 Ctrl-C drops the line that is being typed, or stops the answer and forgets its question."""
 
 
-class Chat:
+class Conversation:
     """A conversation: what was said, and the commands that change it.
 
     Args:
@@ -82,9 +83,7 @@ class Chat:
     def answer(self, text: str) -> str:
         """The model's answer; question and answer join the conversation when it is complete."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        input_ids = self.tokenizer.apply_chat_template(
-            self._with_system(messages), add_generation_prompt=True, return_dict=False
-        )
+        input_ids = encode_prompt(self.tokenizer, self._with_system(messages))
         output = run_generate(self.model, self.tokenizer, input_ids, self.live, **self.settings)
         reply = self.tokenizer.decode(output.sequences[0, len(input_ids) :], skip_special_tokens=True).strip()
         self.messages = [*messages, {"role": "assistant", "content": reply}]

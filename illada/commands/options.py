@@ -3,26 +3,26 @@
 import dataclasses
 import functools
 import inspect
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import huggingface_hub
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 from typer import Option
 
-from . import EMBEDDED_MODEL
-from .generation import MaskedDiffusionGenerationMixin
+from ..text.loading import DTYPES, load
 
 ModelOption = Annotated[
     str | None, Option("--model", "-m", help="Checkpoint folder or Hub id.", show_default="the embedded model")
 ]
 JsonFlag = Annotated[bool, Option("--json", help="Print one JSON object instead of text.")]
 LiveFlag = Annotated[bool | None, Option("--live/--no-live", help="Show the denoising.", show_default="on a terminal")]
+TraceOption = Annotated[
+    Path | None,
+    Option(help="Write a page (.html) that plays the denoising, or a picture (.png).", show_default="off"),
+]
 
 
 def _given(**settings) -> dict:
@@ -40,20 +40,6 @@ class ModelOptions:
     )
     dtype: Annotated[str, Option(help="Weights' dtype: auto, float32, bfloat16 or float16.")] = "auto"
 
-    def source(self) -> str:
-        """The folder or the Hub id.
-
-        Raises:
-            ValueError: if it can be neither.
-        """
-        source = str(EMBEDDED_MODEL) if self.model is None else self.model
-        is_hub_id = not Path(source).exists() and re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", source)
-        if not is_hub_id and not Path(source, "config.json").exists():
-            raise ValueError(
-                f"`--model` must be a checkpoint folder or a Hub id, got {source!r}: no config.json there."
-            )
-        return source
-
     def load(self):
         """The model, ready to generate, and its tokenizer. Transformers keeps silent from here on.
 
@@ -63,17 +49,9 @@ class ModelOptions:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         huggingface_hub.utils.logging.set_verbosity_error()
-        source = self.source()
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"`--dtype` must be auto, float32, bfloat16 or float16, got {self.dtype!r}.")
-        try:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=self.dtype)
-        except SafetensorError as error:
-            raise ValueError(f"A safetensors file of {source!r} is damaged: {error}.") from error
-        if not isinstance(model, MaskedDiffusionGenerationMixin):
-            raise ValueError(f"`--model` must be a masked diffusion model, got {source!r}: {type(model).__name__}.")
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        return model.to(self.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+        if self.dtype not in DTYPES:
+            raise ValueError(f"`--dtype` must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {self.dtype!r}.")
+        return load(self.model, self.dtype, self.device, argument="--model")
 
 
 @dataclasses.dataclass

@@ -1,0 +1,1 @@
+"""Between text and tokens: prompts, blanks, the checkpoint to load, the record of a denoising."""
