@@ -8,6 +8,7 @@ from transformers.generation import LogitsProcessorList
 
 from .canvas import Block, Canvas
 from .generation_config import MaskedDiffusionGenerationConfig
+from .logits import forbid_mask
 from .prediction import Predictor
 from .remasking import (
     RANKINGS,
@@ -105,8 +106,7 @@ class Denoiser:
             logits = self.processors(self._canvas_per_mask(positions), logits)
         for process in self.position_processors:
             logits = process(self.canvas.tokens, *positions, logits)
-        logits[:, self.canvas.mask_token_id] = -torch.inf
-        return logits
+        return forbid_mask(logits, self.canvas.mask_token_id)
 
     def _propose(self, positions: tuple[torch.LongTensor, torch.LongTensor], logits: torch.Tensor) -> torch.LongTensor:
         """A token (M,) for every masked position: the likeliest, or a sample."""

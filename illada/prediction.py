@@ -9,6 +9,7 @@ from transformers.generation.configuration_utils import CompileConfig
 from .block_cache import BlockCache, StaticBlockCache
 from .canvas import Block, Canvas
 from .generation_config import MaskedDiffusionGenerationConfig
+from .logits import guide, promote
 
 BUCKET = 128
 """In columns. The canvas of a compiled block forward is a multiple of this, so that calls of similar length share a
@@ -110,11 +111,10 @@ class Predictor:
             inputs = {name: x if x is None else x.repeat_interleave(2, dim=0) for name, x in inputs.items()}
             inputs["input_ids"][1::2].masked_fill_(canvas.given[read], canvas.mask_token_id)
             row_index, index = torch.cat([2 * row_index, 2 * row_index + 1]), torch.cat([index, index])
-        logits = self._forward((row_index, index), inputs)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = promote(self._forward((row_index, index), inputs))
         if self.num_branches == 2:
             conditional, unconditional = logits.chunk(2)
-            logits = unconditional + self.config.guidance_scale * (conditional - unconditional)
+            logits = guide(conditional, unconditional, self.config.guidance_scale)
         return logits
 
     def _forward(self, positions: tuple[torch.LongTensor, torch.LongTensor], inputs: dict) -> torch.Tensor:

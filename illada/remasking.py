@@ -50,16 +50,6 @@ class Prediction:
         return entropy(self.logits)
 
 
-def token_probability(logits: torch.Tensor, tokens: torch.LongTensor) -> torch.Tensor:
-    """Probability of the proposed token, `softmax(logits)[token]`, of shape (M,) and in [0, 1].
-
-    Args:
-        logits (`torch.FloatTensor` of shape `(M, V)`).
-        tokens (`torch.LongTensor` of shape `(M,)`): the proposals.
-    """
-    return Prediction(logits, tokens).probability
-
-
 def entropy(logits: torch.Tensor) -> torch.Tensor:
     """Entropy of each prediction in nats, `-sum_v p_v log p_v`, of shape (M,); a logit of -inf counts nothing."""
     return torch.special.entr(logits.softmax(-1)).sum(-1)

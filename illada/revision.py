@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import ModelOutput
 
-from .remasking import token_probability
+from .logits import forbid_mask, log_probability, non_finite_logits, promote
 
 
 @dataclass
@@ -49,6 +49,9 @@ def leave_one_out_confidences(
 
     Returns:
         `torch.FloatTensor` of shape `(B, S)`, NaN where not asked.
+
+    Raises:
+        ValueError: names the position, if the model gives NaN or infinite logits.
     """
     confidences = torch.full(tokens.shape, torch.nan, device=tokens.device)
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -63,9 +66,12 @@ def leave_one_out_confidences(
             position_ids=position_ids,
             logits_to_keep=masked,
         ).logits
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits[:, mask_token_id] = -torch.inf
-        confidences[masked] = token_probability(logits, tokens[masked]).to(confidences.dtype)
+        logits = forbid_mask(promote(logits), mask_token_id)
+        confidences[masked] = log_probability(logits, tokens[masked]).exp().to(confidences.dtype)
+    broken = (confidences.isnan() & asked).nonzero()
+    if len(broken):
+        row, column = broken[0].tolist()
+        raise non_finite_logits(f"column {column} of row {row}", model.dtype)
     return confidences
 
 

@@ -377,6 +377,64 @@ def test_rolling_errors_add_in_quadrature_and_equal_windows_add_up(model):
     assert rolled([*first, *first]) == pytest.approx(2 * different[0])
 
 
+# --- logits that are no distribution ---
+
+
+@pytest.fixture
+def overflow(monkeypatch):
+    """Gives `value` as logits of column 3 of the rows that begin with token 8."""
+
+    def attach(model, value, tokens=slice(None)):
+        forward = model.forward
+
+        def overflowing(input_ids, logits_to_keep, **kwargs):
+            output = forward(input_ids=input_ids, logits_to_keep=logits_to_keep, **kwargs)
+            rows, columns = logits_to_keep.nonzero(as_tuple=True)
+            output.logits[(input_ids[rows, 0] == 8) & (columns == 3), tokens] = value
+            return output
+
+        monkeypatch.setattr(model, "forward", overflowing)
+        return model
+
+    return attach
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("score", [confidence_score, is_greedy, monte_carlo_log_likelihood])
+def test_logits_that_are_not_finite_are_an_error_that_names_pair_and_position(overflow, score, value):
+    pairs = [([6], [7, 7]), ([8, 6], [7, 6, 7]), ([6, 7], [6, 7])]
+    with pytest.raises(ValueError, match=r"NaN or infinite at token 1 of the candidate of `pairs\[1\]`: a weight may"):
+        score(overflow(build_model(), value), pairs, batch_size=2)
+
+
+def test_half_precision_is_named_as_the_cause(overflow):
+    model = overflow(build_model(), math.inf).half()
+    with pytest.raises(ValueError, match="float16 overflows above 65,504; load the model in bfloat16 or float32"):
+        confidence_score(model, [([8, 6], [7, 6, 7])])
+
+
+def test_one_infinite_logit_is_no_distribution_either(overflow):
+    """The true token is another one: its log-probability would be -inf."""
+    for score in (confidence_score, monte_carlo_log_likelihood):
+        with pytest.raises(ValueError, match="NaN or infinite at token 1"):
+            score(overflow(build_model(), math.inf, tokens=7), [([8, 6], [7, 6, 7])])
+
+
+def test_a_token_of_probability_zero_is_no_error(overflow):
+    model = overflow(build_model(), -math.inf, tokens=6)
+    pairs = [([8, 6], [7, 6, 7])]
+    assert confidence_score(model, pairs)[0].score == -math.inf
+    assert monte_carlo_log_likelihood(model, pairs)[0].log_likelihood == -math.inf
+
+
+def test_errors_of_whole_texts_name_texts(overflow):
+    model = overflow(build_model(), math.nan)
+    with pytest.raises(ValueError, match=r"candidate of `texts\[1\]` \(window 1\): a weight"):
+        rolling_log_likelihood(model, [[6, 7, 6, 7], [8, 6, 7, 6, 7]], num_samples=31)
+    with pytest.raises(ValueError, match=r"`texts\[1\]` \(window 1\) has a token id outside the vocabulary"):
+        rolling_log_likelihood(model, [[6], [99]])
+
+
 # --- what is refused ---
 
 

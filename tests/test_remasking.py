@@ -16,7 +16,6 @@ from illada.remasking import (
     commit_by_threshold,
     commit_quotas,
     entropy,
-    token_probability,
 )
 
 A, B, C, D = 6, 7, 8, 9
@@ -267,7 +266,7 @@ def test_entropy_against_the_sum():
 
 def test_token_probability():
     logits = torch.tensor([[0.0, math.log(3.0)], [1000.0, -1000.0], [1000.0, -1000.0]])
-    probability = token_probability(logits, torch.tensor([1, 0, 1]))
+    probability = Prediction(logits, torch.tensor([1, 0, 1])).probability
     assert probability.tolist() == pytest.approx([0.75, 1.0, 0.0])
 
 

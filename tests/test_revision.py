@@ -118,3 +118,16 @@ def test_a_text_beyond_the_models_positions_is_refused_before_the_first_pass(tin
 def test_a_text_with_masks_is_refused(tiny_model):
     with pytest.raises(ValueError, match="MASK"):
         tiny_model.revise(torch.tensor([[7, 5, 8]]), fraction=0.5)
+
+
+def test_logits_that_are_not_finite_are_an_error_that_names_the_position(tiny_model, text):
+    def overflow(module, arguments, keywords, output):
+        columns = keywords["logits_to_keep"].nonzero()[:, 1]
+        output.logits[columns == 4] = torch.inf
+
+    hook = tiny_model.register_forward_hook(overflow, with_kwargs=True)
+    try:
+        with pytest.raises(ValueError, match="NaN or infinite at column 4 of row 0"):
+            tiny_model.revise(text, threshold=0.5)
+    finally:
+        hook.remove()

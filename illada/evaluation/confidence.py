@@ -1,12 +1,14 @@
 """The confidence score of a candidate, and whether greedy decoding would write it: one loop of reveals, two rules."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from .pairs import Batch, Pair, check_forward_settings, check_model, length_batches, make_canvases, masked_logits
+from ..logits import forbid_mask, log_probability
+from .pairs import Batch, Pair, check_forward_settings, check_model, length_batches, make_texts, masked_logits
 
 
 @dataclass(frozen=True)
@@ -106,17 +108,16 @@ def _true_tokens_by_probability(
     logits: torch.Tensor, true_tokens: torch.LongTensor, mask_token_id: int
 ) -> tuple[torch.Tensor, torch.BoolTensor]:
     """The confidence score's rule: log-probability of the true token, over the whole vocabulary."""
-    log_probs = logits.gather(1, true_tokens.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=1)
-    return log_probs, torch.ones_like(true_tokens, dtype=torch.bool)
+    return log_probability(logits, true_tokens), torch.ones_like(true_tokens, dtype=torch.bool)
 
 
 def _predictions_by_confidence(
     logits: torch.Tensor, true_tokens: torch.LongTensor, mask_token_id: int
 ) -> tuple[torch.Tensor, torch.BoolTensor]:
     """Greedy decoding's rule: log-probability of the best token but [MASK]; the row goes on if it is the true one."""
-    logits = logits.index_fill(1, torch.tensor([mask_token_id], device=logits.device), -torch.inf)
-    best_logits, best_tokens = logits.max(dim=1)
-    return best_logits - logits.logsumexp(dim=1), best_tokens == true_tokens
+    logits = forbid_mask(logits, mask_token_id)
+    best_tokens = logits.argmax(dim=1)
+    return log_probability(logits, best_tokens), best_tokens == true_tokens
 
 
 def _reveal_all(
@@ -125,26 +126,29 @@ def _reveal_all(
     """[`_reveal`] of all pairs in pools of similar length: score, order and survival, in the order given."""
     check_model(model)
     check_forward_settings(batch_size, guidance_scale)
-    canvases = make_canvases(model, pairs, append_eos=append_eos, add_bos=add_bos, bos_token_id=bos_token_id)
-    results: list = [None] * len(canvases)
-    for indices, pool in length_batches(canvases, POOL_BATCHES * batch_size, model.device):
+    texts = make_texts(model, pairs, append_eos=append_eos, add_bos=add_bos, bos_token_id=bos_token_id)
+    results: list = [None] * len(texts)
+    for indices, pool in length_batches(texts, POOL_BATCHES * batch_size, model.device):
         tensors = _reveal(model, pool, batch_size, guidance_scale, rule)
-        for index, score, order, survives in zip(indices, *(tensor.tolist() for tensor in tensors)):
-            results[index] = (score, order[: canvases[index].length], survives)
+        for index, score, order, survives, steps in zip(indices, *(tensor.tolist() for tensor in tensors)):
+            if math.isnan(score):
+                raise texts[index].non_finite_logits(order[steps - 1], model.dtype)
+            results[index] = (score, order[: texts[index].length], survives)
     return results
 
 
 def _reveal(
     model: PreTrainedModel, pool: Batch, batch_size: int, guidance_scale: float, rule: RevealRule
-) -> tuple[torch.DoubleTensor, torch.LongTensor, torch.BoolTensor]:
+) -> tuple[torch.DoubleTensor, torch.LongTensor, torch.BoolTensor, torch.LongTensor]:
     """Reveals the true token at the best ranked position of every row, until nothing is masked or the rule says no.
 
     A forward takes the first `batch_size` rows that are not done; when one is done, the next of the pool takes its
     place, so that the batch stays full whatever the candidates' lengths are.
 
     Returns:
-        Sum of the ranks of what was revealed `(B,)`, the order of the reveals `(B, L)` in candidate positions (valid
-        up to the row's own length), and whether the rule let the row go on to its end `(B,)`.
+        Sum of the ranks of what was revealed `(B,)`, the order of the reveals `(B, L)` in candidate positions, whether
+        the rule let the row go on to its end `(B,)`, and how many positions were revealed `(B,)`. A row in which the
+        model gives no distribution ends there, with a sum of NaN.
     """
     device = pool.tokens.device
     masked = pool.candidate_mask()
@@ -161,7 +165,7 @@ def _reveal(
         logits = masked_logits(model, active, active_masked, guidance_scale)
         ranks, may_go_on = rule(logits, active.tokens[active_masked], model.config.mask_token_id)
 
-        # The first of equals: the lower position.
+        # The first of equals: the lower position. A NaN comes before everything.
         rank, position = (
             ranks.new_full(active_masked.shape, -torch.inf).masked_scatter(active_masked, ranks).max(dim=1)
         )
@@ -171,6 +175,6 @@ def _reveal(
         rows = rows.to(device)
         sums[rows] += rank
         orders[rows, steps] = position - active.starts.to(device)
-        survives[rows] = goes_on.gather(1, position.unsqueeze(1)).squeeze(1)
+        survives[rows] = goes_on.gather(1, position.unsqueeze(1)).squeeze(1) & ~rank.isnan()
         masked[rows, position] = False
-    return sums, orders, survives
+    return sums, orders, survives, num_revealed

@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from ..logits import log_probability
 from .pairs import (
-    Canvas,
     Pair,
+    ScoredText,
     TokenIds,
     check_forward_settings,
     check_model,
     collate,
     longest_first,
-    make_canvases,
+    make_texts,
     masked_logits,
 )
 
@@ -111,8 +112,21 @@ def monte_carlo_log_likelihood(
     check_model(model)
     check_forward_settings(batch_size, guidance_scale)
     check_sampling(num_samples, sampling)
-    canvases = make_canvases(model, pairs, append_eos=append_eos, add_bos=add_bos, bos_token_id=bos_token_id)
-    longest = max((canvas.length for canvas in canvases), default=0)
+    texts = make_texts(model, pairs, append_eos=append_eos, add_bos=add_bos, bos_token_id=bos_token_id)
+    return _monte_carlo(model, texts, num_samples, sampling, guidance_scale, batch_size, generator)
+
+
+def _monte_carlo(
+    model: PreTrainedModel,
+    texts: list[ScoredText],
+    num_samples: int,
+    sampling: Sampling,
+    guidance_scale: float,
+    batch_size: int,
+    generator: torch.Generator | None,
+) -> list[LogLikelihood]:
+    """[`monte_carlo_log_likelihood`] of texts that are checked and laid out."""
+    longest = max((text.length for text in texts), default=0)
     if sampling == "exact" and longest > LONGEST_EXACT_CANDIDATE:
         raise ValueError(
             f"`sampling` 'exact' takes 2^L - 1 masks and is for candidates of at most {LONGEST_EXACT_CANDIDATE} "
@@ -121,27 +135,30 @@ def monte_carlo_log_likelihood(
 
     # int64 cannot be drawn over its whole range, 62 bits are plenty.
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else None))
-    order = longest_first(canvases)
-    draws = {index: _draw_masks(canvases[index], num_samples, sampling, seed) for index in order}
+    order = longest_first(texts)
+    draws = {index: _draw_masks(texts[index], num_samples, sampling, seed) for index in order}
     sums: dict[int, list[torch.Tensor]] = {index: [] for index in order}
     for pieces in _row_batches([(index, draws[index].masks) for index in order], batch_size):
         counts = torch.tensor([len(masks) for _, masks in pieces])
-        batch = collate([canvases[index] for index, _ in pieces], model.device)
+        batch = collate([texts[index] for index, _ in pieces], model.device)
         batch = batch.select(torch.arange(len(pieces)).repeat_interleave(counts))
         width = batch.tokens.shape[1]
         masked = torch.cat(
             [
-                pad(masks, (canvases[index].start, width - canvases[index].start - canvases[index].length))
+                pad(masks, (texts[index].start, width - texts[index].start - texts[index].length))
                 for index, masks in pieces
             ]
         ).to(model.device)
         logits = masked_logits(model, batch, masked, guidance_scale)
-        log_probs = -cross_entropy(logits, batch.tokens[masked], reduction="none").double()
-        row_sums = torch.zeros(len(masked), dtype=torch.double, device=model.device)
-        row_sums.index_add_(0, masked.nonzero()[:, 0], log_probs)
-        for (index, _), values in zip(pieces, row_sums.cpu().split(counts.tolist())):
+        log_probs = torch.zeros(masked.shape, dtype=torch.double, device=masked.device)
+        log_probs[masked] = log_probability(logits, batch.tokens[masked]).double()
+        row_sums = log_probs.sum(1).cpu()
+        for row in row_sums.isnan().nonzero().flatten()[:1].tolist():
+            text = texts[pieces[int((row >= counts.cumsum(0)).sum())][0]]
+            raise text.non_finite_logits(int(log_probs[row].isnan().int().argmax()) - text.start, model.dtype)
+        for (index, _), values in zip(pieces, row_sums.split(counts.tolist())):
             sums[index].append(values)
-    return [_estimate(draws[index], torch.cat(sums[index])) for index in range(len(canvases))]
+    return [_estimate(draws[index], torch.cat(sums[index])) for index in range(len(texts))]
 
 
 def check_sampling(num_samples: int, sampling: Sampling):
@@ -166,8 +183,8 @@ class _Draws:
     masks_per_unit: int
 
 
-def _draw_masks(canvas: Canvas, num_samples: int, sampling: Sampling, seed: int) -> _Draws:
-    length = canvas.length
+def _draw_masks(text: ScoredText, num_samples: int, sampling: Sampling, seed: int) -> _Draws:
+    length = text.length
     num_masks = 2**length - 1
     if sampling == "exact" or num_masks == 1 or (sampling == "auto" and num_masks <= num_samples):
         masks = (torch.arange(1, 2**length).unsqueeze(1) >> torch.arange(length)) % 2 == 1
@@ -175,7 +192,7 @@ def _draw_masks(canvas: Canvas, num_samples: int, sampling: Sampling, seed: int)
         num_subsets = torch.tensor([math.comb(length, size) for size in range(length + 1)], dtype=torch.double)
         return _Draws(masks, 1 / (sizes * num_subsets[sizes]), masks_per_unit=0)
 
-    generator = torch.Generator().manual_seed(_pair_seed(canvas, seed))
+    generator = torch.Generator().manual_seed(_pair_seed(text, seed))
     masks_per_unit = 2 if sampling == "antithetic" else 1
     num_units = num_samples // masks_per_unit
     offsets = torch.arange(num_units) * length // num_units
@@ -190,10 +207,10 @@ def _draw_masks(canvas: Canvas, num_samples: int, sampling: Sampling, seed: int)
     return _Draws(masks, length / (masks.sum(dim=1) * len(masks)).double(), masks_per_unit)
 
 
-def _pair_seed(canvas: Canvas, seed: int) -> int:
+def _pair_seed(text: ScoredText, seed: int) -> int:
     """A seed that is a function of the call's seed and of the pair alone."""
-    layout = torch.tensor([seed, canvas.start, canvas.length])
-    content = torch.cat([layout, canvas.tokens]).numpy().tobytes()
+    layout = torch.tensor([seed, text.start, text.length])
+    content = torch.cat([layout, text.tokens]).numpy().tobytes()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
@@ -267,6 +284,9 @@ def rolling_log_likelihood(
         ValueError: before the first forward, as [`monte_carlo_log_likelihood`]; for an empty text, a `window_length`
             beyond the model's positions, and a `context_length` that leaves no room in the window.
     """
+    check_model(model)
+    check_forward_settings(batch_size, guidance_scale)
+    check_sampling(num_samples, sampling)
     limit = model.config.max_position_embeddings
     window_length = limit if window_length is None else window_length
     if not 2 <= window_length <= limit:
@@ -277,6 +297,7 @@ def rolling_log_likelihood(
     prefix = [] if prefix_token_id is None else [prefix_token_id]
     texts = [torch.as_tensor(text, dtype=torch.long).flatten() for text in texts]
     windows: list[Pair] = []
+    names: list[str] = []
     num_windows = []
     for index, text in enumerate(texts):
         if len(text) == 0:
@@ -288,17 +309,11 @@ def rolling_log_likelihood(
             end = min(len(text), window_length if done == len(prefix) else done + window_length - context_length)
             windows.append((text[max(0, end - window_length) : done], text[done:end]))
             num_windows[-1] += 1
+            names.append(f"`texts[{index}]` (window {num_windows[-1]})")
             done = end
 
-    results = monte_carlo_log_likelihood(
-        model,
-        windows,
-        num_samples=num_samples,
-        sampling=sampling,
-        guidance_scale=guidance_scale,
-        batch_size=batch_size,
-        generator=generator,
-    )
+    laid_out = make_texts(model, windows, names=names)
+    results = _monte_carlo(model, laid_out, num_samples, sampling, guidance_scale, batch_size, generator)
     parts = iter(zip(windows, results))
     return [_sum_windows(list(itertools.islice(parts, count)), len(text)) for text, count in zip(texts, num_windows)]
 

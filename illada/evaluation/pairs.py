@@ -7,28 +7,36 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from ..logits import guide, non_finite_logits, promote
+
 TokenIds = Sequence[int] | torch.Tensor
 Pair = tuple[TokenIds, TokenIds]
 
 
 @dataclass(frozen=True)
-class Canvas:
+class ScoredText:
     """One checked pair as the model sees it: `[bos] + context + candidate + [eos]`, all visible.
 
     Attributes:
+        name: what the caller calls the pair, for messages.
         tokens (`torch.LongTensor` of shape `(T,)`).
         start: position of the candidate's first token.
         length: number of candidate tokens, at least 1.
     """
 
+    name: str
     tokens: torch.LongTensor
     start: int
     length: int
 
+    def non_finite_logits(self, position: int, dtype: torch.dtype) -> ValueError:
+        """The error to raise if a model of `dtype` gives no distribution at a position of the candidate, from 0."""
+        return non_finite_logits(f"token {position} of the candidate of {self.name}", dtype)
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Canvases padded on the right to a common width T, so that every position is that of the pair alone.
+    """Texts padded on the right to a common width T, so that every position is that of the pair alone.
 
     Attributes:
         tokens (`torch.LongTensor` of shape `(B, T)`): the true tokens, and padding.
@@ -70,19 +78,23 @@ def check_forward_settings(batch_size: int, guidance_scale: float):
         raise ValueError(f"`guidance_scale` must be at least 0, got {guidance_scale}.")
 
 
-def make_canvases(
+def make_texts(
     model: PreTrainedModel,
     pairs: Sequence[Pair],
     *,
-    append_eos: bool,
-    add_bos: bool,
-    bos_token_id: int | None,
-) -> list[Canvas]:
-    """Checks every pair and lays out its canvas.
+    append_eos: bool = False,
+    add_bos: bool = False,
+    bos_token_id: int | None = None,
+    names: Sequence[str] | None = None,
+) -> list[ScoredText]:
+    """Checks every pair and lays out its text.
+
+    Args:
+        names: what the caller calls each pair; "`pairs[0]`" and so on if absent.
 
     Raises:
         ValueError: naming the pair, if a candidate is empty or holds [MASK], if an id lies outside the vocabulary, or
-            if a canvas exceeds `max_position_embeddings`; and if BOS or EOS is asked for and has no id.
+            if a text exceeds `max_position_embeddings`; and if BOS or EOS is asked for and has no id.
     """
     config = model.config
     if add_bos and bos_token_id is None:
@@ -97,47 +109,48 @@ def make_canvases(
         if suffix == [None]:
             raise ValueError("`append_eos` is True, but `model.config.eos_token_id` is None.")
 
-    canvases = []
+    texts = []
     for index, (context, candidate) in enumerate(pairs):
+        name = names[index] if names else f"`pairs[{index}]`"
         context, candidate = (torch.as_tensor(ids, dtype=torch.long).cpu().flatten() for ids in (context, candidate))
         tokens = torch.cat([torch.tensor(prefix, dtype=torch.long), context, candidate, torch.tensor(suffix).long()])
         if len(candidate) == 0:
-            raise ValueError(f"`pairs[{index}]` has an empty candidate: a score needs at least one token.")
+            raise ValueError(f"{name} has an empty candidate: a score needs at least one token.")
         if (tokens < 0).any() or (tokens >= config.vocab_size).any():
-            raise ValueError(f"`pairs[{index}]` has a token id outside the vocabulary, [0, {config.vocab_size}).")
+            raise ValueError(f"{name} has a token id outside the vocabulary, [0, {config.vocab_size}).")
         if (candidate == config.mask_token_id).any():
-            raise ValueError(f"`pairs[{index}]` has [MASK] (id {config.mask_token_id}) in its candidate.")
+            raise ValueError(f"{name} has [MASK] (id {config.mask_token_id}) in its candidate.")
         limit = config.max_position_embeddings
         if len(tokens) > limit:
             raise ValueError(
-                f"`pairs[{index}]` takes {len(tokens)} tokens ({len(context)} of context, {len(candidate)} of "
+                f"{name} takes {len(tokens)} tokens ({len(context)} of context, {len(candidate)} of "
                 f"candidate, {len(prefix) + len(suffix)} of BOS and EOS), more than the model's {limit} positions."
             )
-        canvases.append(Canvas(tokens, len(prefix) + len(context), len(candidate)))
-    return canvases
+        texts.append(ScoredText(name, tokens, len(prefix) + len(context), len(candidate)))
+    return texts
 
 
-def collate(canvases: Sequence[Canvas], device: torch.device) -> Batch:
-    """Pads canvases on the right into one batch on `device`."""
+def collate(texts: Sequence[ScoredText], device: torch.device) -> Batch:
+    """Pads texts on the right into one batch on `device`."""
     return Batch(
-        pad_sequence([canvas.tokens for canvas in canvases], batch_first=True).to(device),
-        torch.tensor([canvas.start for canvas in canvases]),
-        torch.tensor([canvas.length for canvas in canvases]),
-        torch.tensor([len(canvas.tokens) for canvas in canvases]),
+        pad_sequence([text.tokens for text in texts], batch_first=True).to(device),
+        torch.tensor([text.start for text in texts]),
+        torch.tensor([text.length for text in texts]),
+        torch.tensor([len(text.tokens) for text in texts]),
     )
 
 
-def longest_first(canvases: Sequence[Canvas]) -> list[int]:
-    """Indices of the canvases by falling length: little padding, and a lack of memory shows at once."""
-    return sorted(range(len(canvases)), key=lambda index: -len(canvases[index].tokens))
+def longest_first(texts: Sequence[ScoredText]) -> list[int]:
+    """Indices of the texts by falling length: little padding, and a lack of memory shows at once."""
+    return sorted(range(len(texts)), key=lambda index: -len(texts[index].tokens))
 
 
-def length_batches(canvases: Sequence[Canvas], batch_size: int, device: torch.device) -> Iterator[tuple[list, Batch]]:
-    """Yields batches of canvases of similar length, each with the indices of its rows."""
-    order = longest_first(canvases)
+def length_batches(texts: Sequence[ScoredText], batch_size: int, device: torch.device) -> Iterator[tuple[list, Batch]]:
+    """Yields batches of texts of similar length, each with the indices of its rows."""
+    order = longest_first(texts)
     for first in range(0, len(order), batch_size):
         indices = order[first : first + batch_size]
-        yield indices, collate([canvases[index] for index in indices], device)
+        yield indices, collate([texts[index] for index in indices], device)
 
 
 def masked_logits(
@@ -145,12 +158,11 @@ def masked_logits(
 ) -> torch.FloatTensor:
     """Logits at the masked positions, in fp32 or the model's own precision, whichever is higher.
 
-    With guidance, `logits = unconditional + guidance_scale * (conditional - unconditional)`, where the unconditional
-    forward sees the context, BOS included, masked (LLaDA, arXiv 2502.09992, appendix A; its `cfg` is
-    `guidance_scale - 1`). A scale of 1 is no guidance and costs no second forward.
+    With guidance ([`guide`]) the unconditional forward sees the context, BOS included, masked. A scale of 1 is no
+    guidance and costs no second forward.
 
     Args:
-        batch: B canvases of width T.
+        batch: B texts of width T.
         masked (`torch.BoolTensor` of shape `(B, T)`): positions that the model sees as [MASK].
 
     Returns:
@@ -163,12 +175,12 @@ def masked_logits(
         arguments["attention_mask"] = attention_mask.to(masked.device)
 
     def forward(hidden: torch.BoolTensor) -> torch.Tensor:
-        logits = model(input_ids=batch.tokens.masked_fill(hidden, model.config.mask_token_id), **arguments).logits
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return promote(
+            model(input_ids=batch.tokens.masked_fill(hidden, model.config.mask_token_id), **arguments).logits
+        )
 
     logits = forward(masked)
     if guidance_scale != 1:
         in_context = (positions < batch.starts.unsqueeze(1)).to(masked.device)
-        unconditional = forward(masked | in_context)
-        logits = unconditional + guidance_scale * (logits - unconditional)
+        logits = guide(logits, forward(masked | in_context), guidance_scale)
     return logits
