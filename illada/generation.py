@@ -380,14 +380,15 @@ def _schedule(canvas: Canvas, config: MaskedDiffusionGenerationConfig, max_new_t
 
 
 def _finish_at_stop(canvas: Canvas, block: Block, stopping_criteria: StoppingCriteriaList):
-    """Finishes the rows that a criterion stops; a stop string ends a row right where it is complete."""
+    """Finishes the rows that a criterion stops; a stop string of the response ends a row where it is complete."""
     if block.start < canvas.prompt_length:
         return  # blanks of the prompt: there is no response yet that could be stopped
     for criterion in stopping_criteria:
-        first = block.start + 1 if isinstance(criterion, StopStringCriteria) else block.end
-        for end in range(first, block.end + 1):
+        is_stop_string = isinstance(criterion, StopStringCriteria)
+        read_from = canvas.prompt_length if is_stop_string else 0  # a stop string does not begin in the prompt
+        for end in range(block.start + 1 if is_stop_string else block.end, block.end + 1):
             # As in `StoppingCriteriaList`, a criterion may answer with one bool for the batch.
-            stopped = torch.zeros_like(canvas.live) | criterion(canvas.tokens[:, :end], None)
+            stopped = torch.zeros_like(canvas.live) | criterion(canvas.tokens[:, read_from:end], None)
             canvas.finish(stopped, torch.full_like(canvas.ends, end))
 
 

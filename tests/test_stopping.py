@@ -124,11 +124,41 @@ def test_a_stop_string_ends_the_text_where_it_is_complete(canvas, block_length, 
     assert (output.commit_steps[0, 1:] > 0).all()
 
 
-def test_a_stop_string_of_the_prompt_ends_nothing():
-    model = writer_of([A, D])
-    prompt = torch.tensor([[C]])
+@pytest.mark.parametrize("canvas", ["growing", "fixed"])
+@pytest.mark.parametrize("block_length", [1, 2, 8])
+@pytest.mark.parametrize(
+    ("stop_strings", "response"),
+    [
+        ("c", [A, D, A, D, EOS]),  # stands in the prompt
+        ("ca", [A, D, A, D, EOS]),  # begins in the prompt
+        ("cad", [A, D, A, D, EOS]),
+        ("bca", [A, D, A, D, EOS]),
+        (["cad", "da"], [A, D, A]),
+        ("ad", [A, D]),
+        ("dad", [A, D, A, D]),  # over three blocks of one token
+    ],
+    ids=str,
+)
+def test_a_stop_string_is_searched_in_the_response_only(canvas, block_length, stop_strings, response):
+    prompt = torch.tensor([[AB, C]])
+    arguments = {"max_new_tokens": 6, "tokenizer": tiny_tokenizer(), "block_length": block_length, "canvas": canvas}
+    output = writer_of([A, D, A, D], prompt_length=2).generate(prompt, stop_strings=stop_strings, **arguments)
+    assert output.tolist() == [[AB, C, *response]]
+
+
+def test_a_stop_string_may_end_inside_the_first_token_of_the_response():
+    """... and begin inside it; only what stands in the prompt does not count."""
+    model = writer_of([AB, D])
     arguments = {"max_new_tokens": 4, "tokenizer": tiny_tokenizer()}
-    assert model.generate(prompt, stop_strings="c", **arguments).tolist() == [[C, A, D, EOS]]
+    assert model.generate(torch.tensor([[C]]), stop_strings="b", **arguments).tolist() == [[C, AB]]
+    assert model.generate(torch.tensor([[C]]), stop_strings="ca", **arguments).tolist() == [[C, AB, D, EOS]]
+
+
+def test_a_filled_blank_of_the_prompt_is_not_searched_for_a_stop_string():
+    output = writer_of([A, B, C, D]).generate(
+        torch.tensor([[7, MASK, MASK]]), max_new_tokens=4, stop_strings=["bc", "cd"], tokenizer=tiny_tokenizer()
+    )
+    assert output.tolist() == [[7, A, B, C, D]]
 
 
 def test_a_stop_string_before_an_eos_of_the_same_block_comes_first():
@@ -146,15 +176,16 @@ def test_a_stop_string_after_the_eos_is_not_read():
 
 
 def test_rows_stop_each_at_their_own_place():
-    """The second row's prompt ends the stop string one token earlier."""
-    output = writer_of([A, B, C, D], prompt_length=1).generate(
-        torch.tensor([[11], [C]]),
+    """The second row's prompt is shorter, so that it writes what the model writes at earlier positions."""
+    output = writer_of([A, B, C, D]).generate(
+        torch.tensor([[11, 11], [PAD, 11]]),
+        attention_mask=torch.tensor([[1, 1], [0, 1]]),
         max_new_tokens=8,
         block_length=4,
-        stop_strings=["ca", "bc"],
+        stop_strings="c",
         tokenizer=tiny_tokenizer(),
     )
-    assert output.tolist() == [[11, A, B, C], [C, A, PAD, PAD]]
+    assert output.tolist() == [[11, 11, B, C, PAD], [PAD, 11, A, B, C]]
 
 
 # Criteria
