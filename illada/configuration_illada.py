@@ -11,7 +11,8 @@ class ILLaDAConfig(LlamaConfig):
     """Configuration of an [`ILLaDAForCausalLM`]; the defaults are those of iLLaDA-8B (arXiv 2606.25331).
 
     Every field of `LlamaConfig` keeps its meaning. Fields that only the release's own code knew are understood
-    (`torch_dtype`, a top-level `rope_theta`) or refused where they would change the mathematics.
+    (`torch_dtype`, a top-level `rope_theta`) or refused where they would change the mathematics: `layer_norm_eps` is
+    null in released configurations, and a number would ask for LayerNorm in place of RMSNorm.
 
     Args:
         mask_token_id (`int`, defaults to 5):
@@ -22,8 +23,6 @@ class ILLaDAConfig(LlamaConfig):
         rope_full_precision (`bool`, defaults to `False`):
             Whether queries and keys are rotated in fp32 and then cast back, as LLaDA does, instead of in their own
             precision.
-        layer_norm_eps (`None`):
-            Present in released configurations, where a number would ask for LayerNorm in place of RMSNorm.
 
     Raises:
         ValueError: if `layer_norm_eps` is a number, if RoPE is scaled, or if a special id lies outside the vocabulary.
@@ -49,16 +48,23 @@ class ILLaDAConfig(LlamaConfig):
     tie_word_embeddings: bool = True
     resid_pdrop: float | int = 0.0
     rope_full_precision: bool = False
-    layer_norm_eps: float | None = None
+
+    def __post_init__(self, **kwargs):
+        layer_norm_eps = kwargs.pop("layer_norm_eps", None)
+        if layer_norm_eps is not None:
+            raise ValueError(
+                f"`layer_norm_eps` must be null, got {layer_norm_eps}: this model normalises with RMSNorm, "
+                "whose epsilon is `rms_norm_eps`."
+            )
+        super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        """Without `layer_norm_eps`, which is no field of this class: a model of it normalises with RMSNorm."""
+        return {name: value for name, value in super().to_dict().items() if name != "layer_norm_eps"}
 
     def validate_architecture(self):
         """Part of the validation that `@strict` runs: refuses what this architecture does not implement."""
         super().validate_architecture()
-        if self.layer_norm_eps is not None:
-            raise ValueError(
-                f"`layer_norm_eps` must be null, got {self.layer_norm_eps}: this model normalises with RMSNorm, "
-                "whose epsilon is `rms_norm_eps`."
-            )
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type != "default":
             raise ValueError(f"`rope_scaling` must be null, got type {rope_type!r}: this model uses unscaled RoPE.")

@@ -5,6 +5,7 @@ checkpointing) is not written again. Here stand the bidirectional mask, the resi
 the release, the selection of the positions whose logits are made, and the diffusion loss.
 """
 
+import inspect
 import math
 from os import PathLike
 
@@ -30,6 +31,10 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_illada import ILLaDAConfig
 from .generation import MaskedDiffusionGenerationMixin
 from .generation_config import MaskedDiffusionGenerationConfig
+
+_CACHE_NAME = (
+    "cache" if "cache" in inspect.signature(create_bidirectional_mask).parameters else "past_key_values"
+)  # what Transformers calls a cache in its masks, layers and outputs: the first since 5.24, the second before
 
 
 class ILLaDAAttention(OlmoAttention):
@@ -116,15 +121,19 @@ class ILLaDAModel(ILLaDAPreTrainedModel, LlamaModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Returns the last hidden state, (B, S, hidden_size). Arguments as in [`ILLaDAForCausalLM.forward`]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
+        if cache is not None and past_key_values is not None:
+            raise ValueError("`cache` and `past_key_values` are two names of one argument: pass one of them.")
+        cache = past_key_values if cache is None else cache
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
-            offset = past_key_values.get_seq_length() if past_key_values is not None else 0
+            offset = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + offset).unsqueeze(0)
 
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
@@ -133,7 +142,7 @@ class ILLaDAModel(ILLaDAPreTrainedModel, LlamaModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{_CACHE_NAME: cache},
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         hidden_states = inputs_embeds
@@ -142,11 +151,11 @@ class ILLaDAModel(ILLaDAPreTrainedModel, LlamaModel):
                 hidden_states,
                 attention_mask=bidirectional_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
+                **{_CACHE_NAME: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{_CACHE_NAME: cache})
 
     def _dense_mask(self, attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A four-dimensional mask as the attention in use reads it.
@@ -258,7 +267,8 @@ class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
                 1 for tokens and 0 for padding; or four-dimensional, boolean (or 0 and 1) with True where attention is
                 allowed or additive in the model's dtype, for instance to keep packed segments apart.
             position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): `arange(S)` if absent.
-            past_key_values (`Cache`, *optional*): keys and values that the attention reads besides its own.
+            past_key_values (`Cache`, *optional*):
+                Keys and values that the attention reads in addition to its own; `cache` is another name for it.
             inputs_embeds (`torch.FloatTensor` of shape `(B, S, hidden_size)`, *optional*): in place of `input_ids`.
             labels (`torch.LongTensor` of shape `(B, S)`, *optional*):
                 Clean tokens, unshifted; -100 is ignored.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from illada import ILLaDAConfig
+from illada import ILLaDAConfig, LLaDAConfig
 
 
 def test_defaults_are_those_of_illada_8b():
@@ -59,3 +59,21 @@ def test_what_is_not_implemented_is_refused(field, value):
     with pytest.raises(Exception, match=field) as error:
         ILLaDAConfig(vocab_size=64, **{field: value})
     assert isinstance(error.value, ValueError) or isinstance(error.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize("config_class", [ILLaDAConfig, LLaDAConfig])
+def test_layer_norm_eps_is_a_key_of_releases_and_no_field(tmp_path, config_class):
+    """Common code sets it on every config that has it, and on some that do not: it is not saved, and null loads."""
+    config = config_class(layer_norm_eps=None)
+    assert not hasattr(config, "layer_norm_eps")
+    config.layer_norm_eps = 1.0
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert "layer_norm_eps" not in written
+    for value in (None, 1e-5):
+        (tmp_path / "config.json").write_text(json.dumps({**written, "layer_norm_eps": value}))
+        if value is None:
+            assert config_class.from_pretrained(tmp_path).to_diff_dict() == config_class().to_diff_dict()
+        else:
+            with pytest.raises(ValueError, match="`layer_norm_eps` must be null, got 1e-05"):
+                config_class.from_pretrained(tmp_path)
