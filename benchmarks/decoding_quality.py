@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from illada import EMBEDDED_MODEL
-from illada.training.corpus import FAMILIES
+from illada.tiny.corpus import FAMILIES
 
 matplotlib.use("Agg")
 

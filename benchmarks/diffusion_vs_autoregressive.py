@@ -28,7 +28,7 @@ from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 
 from illada import ILLaDAConfig
-from illada.training.corpus import FAMILIES, Example, held_out_examples, training_examples
+from illada.tiny.corpus import FAMILIES, Example, held_out_examples, training_examples
 from illada.training.data import CorpusWindows, Encoded, encode, windows
 from illada.training.recipe import build_trainer, load_tokenizer, read_settings
 

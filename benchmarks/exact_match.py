@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from illada import EMBEDDED_MODEL
 from illada.text.prompts import encode_prompt
-from illada.training.corpus import FAMILIES, Example, held_out_examples
+from illada.tiny.corpus import FAMILIES, Example, held_out_examples
 
 
 def prompt_ids(tokenizer, example: Example) -> list[int]:

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from illada import EMBEDDED_MODEL
-from illada.training.corpus import DIFFICULTIES, FAMILIES, held_out_examples, training_examples
+from illada.tiny.corpus import DIFFICULTIES, FAMILIES, held_out_examples, training_examples
 from illada.training.recipe import read_settings
 
 matplotlib.use("Agg")

@@ -18,7 +18,7 @@ from illada.demo.picture import confidence_colour, step_colour
 from illada.text.blanks import encode_with_blanks
 from illada.text.prompts import encode_prompt
 from illada.text.trace import trace_tokens
-from illada.training.corpus import held_out_examples
+from illada.tiny.corpus import held_out_examples
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"

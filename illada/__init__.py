@@ -4,8 +4,6 @@ Importing the package registers its classes with the Auto classes, so that relea
 `from_pretrained` and without `trust_remote_code`.
 """
 
-from pathlib import Path
-
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForMultimodalLM
 
 from .configuration_illada import ILLaDAConfig
@@ -16,11 +14,9 @@ from .generation_config import MaskedDiffusionGenerationConfig
 from .modeling_illada import ILLaDAForCausalLM, ILLaDAModel, ILLaDAPreTrainedModel, masked_diffusion_loss
 from .modeling_llada import LLaDAModelLM
 from .revision import RevisionOutput
+from .tiny import EMBEDDED_MODEL
 
 __version__ = "0.1.0"
-
-EMBEDDED_MODEL = Path(__file__).parent / "checkpoints" / "illada-tiny"
-"""Folder of the small instruction model that comes with the package."""
 
 # The release's `AutoModel` has logits, and `transformers serve` loads the multimodal class.
 for _config_class, _model_class in ((ILLaDAConfig, ILLaDAForCausalLM), (LLaDAConfig, LLaDAModelLM)):

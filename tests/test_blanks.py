@@ -1,7 +1,7 @@
 import pytest
 
 from illada.text.blanks import encode_with_blanks
-from illada.training.tokenizer import train_tokenizer
+from illada.tiny.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

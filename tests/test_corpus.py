@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from illada.training.corpus import DIFFICULTIES, FAMILIES, held_out_examples, training_examples
+from illada.tiny.corpus import DIFFICULTIES, FAMILIES, held_out_examples, training_examples
+from illada.tiny.tokenizer import train_tokenizer
 from illada.training.data import CorpusWindows, encode, windows
-from illada.training.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from illada.demo.picture import denoising_html
 from illada.demo.playing import LiveTokens, hide_after, steps_and_output
 from illada.text.blanks import encode_with_blanks
 from illada.text.trace import trace_tokens
-from illada.training.corpus import held_out_examples
-from illada.training.tokenizer import train_tokenizer
+from illada.tiny.corpus import held_out_examples
+from illada.tiny.tokenizer import train_tokenizer
 
 ENTER, TAB = "\ue007", "\ue004"
 

@@ -1,6 +1,8 @@
 """The model that comes with the package: its form, and that what it is shipped for works."""
 
+import configparser
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +10,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from illada import EMBEDDED_MODEL, ILLaDAForCausalLM
-from illada.training.corpus import FAMILIES, held_out_examples
-from illada.training.tokenizer import train_tokenizer
+from illada.tiny.corpus import FAMILIES, held_out_examples
+from illada.tiny.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,15 @@ def test_it_is_small_and_complete():
     )
     assert sum(files.values()) < 6_000_000
     assert [name for name in files if "model" in name] == ["model.safetensors"]
+
+
+def test_an_installed_package_has_every_file_of_it():
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[1] / "setup.cfg")
+    package = EMBEDDED_MODEL.parents[1]
+    patterns = setup["options.package_data"]["illada"].split()
+    installed = {path for pattern in patterns for path in package.glob(pattern)}
+    assert set(EMBEDDED_MODEL.iterdir()) <= installed
 
 
 def test_it_loads_natively_with_illada_s_special_ids(model, tokenizer):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import illada
-from illada.training.corpus import FAMILIES, held_out_examples
+from illada.tiny.corpus import FAMILIES, held_out_examples
 
 EXAMPLES = Path(illada.__file__).parents[1] / "examples"
 SMALL = [

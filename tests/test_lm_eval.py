@@ -30,7 +30,7 @@ from illada.evaluation import (  # noqa: E402
 )
 from illada.evaluation.harness import MaskedDiffusionLM  # noqa: E402
 from illada.evaluation.presets import BASE, INSTRUCT, PRESETS, TABLES, select_presets  # noqa: E402
-from illada.training.corpus import held_out_examples  # noqa: E402
+from illada.tiny.corpus import held_out_examples  # noqa: E402
 from illada.training.data import encode  # noqa: E402
 
 CHAT_TASKS = ["illada_choice", "illada_reversal"]

@@ -8,7 +8,7 @@ import torch
 
 from illada.commands.live import COMMITTED_STYLE, DRAFT_STYLE, LiveDenoising
 from illada.text.trace import check_trace_path, trace_tokens, write_trace
-from illada.training.tokenizer import train_tokenizer
+from illada.tiny.tokenizer import train_tokenizer
 
 PROMPT = torch.tensor([[0, 40, 5, 42]])
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from huggingface_hub import ModelCard
 from typer import Argument, Option, echo
 
-from .. import EMBEDDED_MODEL
+from ..tiny import EMBEDDED_MODEL
 from . import converting, exporting
 from .converting import MAX_SHARD_SIZE
 

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from .. import EMBEDDED_MODEL
 from ..commands.options import ModelOptions, expand_options
 from ..text.loading import locate
+from ..tiny import EMBEDDED_MODEL
 
 
 @expand_options

@@ -5,8 +5,8 @@ import re
 from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerBase
 
-from .. import EMBEDDED_MODEL
-from ..training.corpus import FAMILIES, Example, held_out_examples
+from ..tiny import EMBEDDED_MODEL
+from ..tiny.corpus import FAMILIES, Example, held_out_examples
 
 
 def _held_out() -> list[Example]:

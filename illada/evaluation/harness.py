@@ -18,7 +18,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .. import EMBEDDED_MODEL
+from ..tiny import EMBEDDED_MODEL
 from .confidence import confidence_score, is_greedy
 from .likelihood import Sampling, check_sampling, monte_carlo_log_likelihood, rolling_log_likelihood
 from .pairs import check_forward_settings, check_model

@@ -5,8 +5,8 @@ import zlib
 
 from datasets import Dataset
 
-from ..training.corpus import DIFFICULTIES, Example, held_out_examples
-from ..training.tokenizer import SPECIAL_TOKENS
+from ..tiny.corpus import DIFFICULTIES, Example, held_out_examples
+from ..tiny.tokenizer import SPECIAL_TOKENS
 
 MASK_TOKEN = SPECIAL_TOKENS[-1]
 

@@ -8,7 +8,7 @@ harness's standard task and its own number stand.
 import json
 from dataclasses import dataclass, field
 
-from .. import EMBEDDED_MODEL
+from ..tiny import EMBEDDED_MODEL
 
 BASE = "GSAI-ML/iLLaDA-8B-Base"
 INSTRUCT = "GSAI-ML/iLLaDA-8B-Instruct"

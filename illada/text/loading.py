@@ -7,8 +7,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import EMBEDDED_MODEL
 from ..generation import MaskedDiffusionGenerationMixin
+from ..tiny import EMBEDDED_MODEL
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -1,1 +1,1 @@
-"""Training: the corpus of the embedded model, corruption, windows and collation, and the recipe."""
+"""Training: data, noise, segments, the Trainer and its recipes."""

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from .corpus import Example, training_examples
+from ..tiny.corpus import Example, training_examples
 from .records import Record, read_records
 
 CHUNK = 1024  # examples tokenised together

@@ -22,11 +22,13 @@ from transformers import (
     set_seed,
 )
 
-from .. import ILLaDAConfig, ILLaDAForCausalLM, MaskedDiffusionGenerationMixin
+from ..configuration_illada import ILLaDAConfig
+from ..generation import MaskedDiffusionGenerationMixin
+from ..modeling_illada import ILLaDAForCausalLM
 from ..text.loading import TOKENIZER_FILES, locate
-from .corpus import DIFFICULTIES, FAMILIES, held_out_examples
+from ..tiny.corpus import DIFFICULTIES, FAMILIES, held_out_examples
+from ..tiny.tokenizer import train_tokenizer
 from .data import CorpusWindows, MaskedDiffusionCollator, build_dataset, encode, encode_records, one_per_row, pack
-from .tokenizer import train_tokenizer
 from .trainer import EVALUATION_SEED, MaskedDiffusionTrainer, Objective
 
 RECIPES = Path(__file__).parent / "recipes"
