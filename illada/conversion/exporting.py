@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..modeling_illada import ILLaDAForCausalLM
@@ -16,6 +16,7 @@ from .accompanying import carry_over
 from .card import write_card
 from .converting import MAX_SHARD_SIZE, complete, convert_into, parse_dtype, parse_size, refuse_overlap, write_model
 from .formats import FORMATS, read_config
+from .loading import load_whole_model
 from .reading import CARRIED_FILES, TOKENIZER_FILES, ModelTensors, locate_checkpoint, read_json
 from .writing import atomic_folder, write_json
 
@@ -95,7 +96,7 @@ def export_to_hub_folder(
             config = read_config(read_json(checkpoint / "config.json"), str(checkpoint))
         else:
             if model is None:
-                model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+                model = load_whole_model(checkpoint, dtype="auto")
             elif merges:
                 model = copy.deepcopy(model)  # the caller's stays as it is
             model = _merge(model, adapter, allow_pickle) if merges else model

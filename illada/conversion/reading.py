@@ -34,8 +34,13 @@ TOKENIZER_FILES = (
 CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "README.md", "LICENSE*", "NOTICE*")
 
 
+NAMES_LISTED = 10  # of each kind of problem, in a message
+
+
 class CheckpointError(ValueError):
     """A checkpoint whose tensors are not what its index and configuration say.
+
+    The message lists the first ten tensors of each kind, `problems` all of them.
 
     Attributes:
         problems (`dict[str, list[str]]`): kind of problem (`"missing"`, `"extra"`, `"misshapen"`, `"duplicate"`,
@@ -44,8 +49,13 @@ class CheckpointError(ValueError):
 
     def __init__(self, where: str, problems: dict[str, list[str]]):
         self.problems = {kind: names for kind, names in problems.items() if names}
-        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in self.problems.items())
+        listed = "; ".join(f"{kind}: {_enumerate(names)}" for kind, names in self.problems.items())
         super().__init__(f"The tensors of {where} do not fit: {listed}.")
+
+
+def _enumerate(names: list[str]) -> str:
+    left_off = len(names) - NAMES_LISTED
+    return ", ".join(names[:NAMES_LISTED]) + (f" and {left_off} more" if left_off > 0 else "")
 
 
 @dataclass(frozen=True)

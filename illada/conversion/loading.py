@@ -1,0 +1,35 @@
+"""Models that are loaded whole, or not at all."""
+
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .reading import CheckpointError
+
+
+def load_whole_model(source: str | Path, **kwargs) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained`, with an error where Transformers only logs a report.
+
+    Transformers initialises at random what a checkpoint lacks, and drops what the model has no place for.
+
+    Args:
+        source (`str` or `Path`): a folder, or an id on the Hub.
+        kwargs: of `from_pretrained`.
+
+    Raises:
+        CheckpointError: lists the tensors that are missing, extra or misshapen.
+    """
+    model, report = AutoModelForCausalLM.from_pretrained(
+        source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    )
+    problems = {
+        "missing": sorted(report["missing_keys"]),
+        "extra": sorted(report["unexpected_keys"]),
+        "misshapen": [
+            f"{name} {list(stored)} instead of {list(expected)}"
+            for name, stored, expected in sorted(report["mismatched_keys"])
+        ],
+    }
+    if any(problems.values()):
+        raise CheckpointError(str(source), problems)
+    return model
