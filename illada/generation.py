@@ -23,6 +23,7 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from .adapters import check_adapters
 from .canvas import Block, Canvas
 from .denoising import Denoiser, DenoisingStep, PositionProcessor
 from .end_of_thinking import EndOfThinkingBoost
@@ -120,6 +121,7 @@ class MaskedDiffusionGenerationMixin(GenerationMixin):
             ValueError: names the argument, its value and what is allowed, before the first forward pass.
         """
         # 1. Settings, prompts, canvas
+        check_adapters(self, "`generate`")
         for name, value, kind in (
             ("generation_config", generation_config, GenerationConfig),
             ("logits_processor", logits_processor, list),

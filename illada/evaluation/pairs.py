@@ -7,6 +7,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from ..adapters import check_adapters
 from ..logits import guide, non_finite_logits, promote
 
 TokenIds = Sequence[int] | torch.Tensor
@@ -63,7 +64,8 @@ class Batch:
 
 
 def check_model(model: PreTrainedModel):
-    """Raises `ValueError` for a model that cannot score: one in training mode, or without a mask token."""
+    """Raises `ValueError` for a model in training mode, without a mask token, or with an adapter that cannot act."""
+    check_adapters(model, "A score")
     if model.training:
         raise ValueError("`model` is in training mode, where dropout makes scores random: call `model.eval()` first.")
     if getattr(model.config, "mask_token_id", None) is None:

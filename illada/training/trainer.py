@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Trainer
 
+from ..adapters import check_adapters
 from ..text.prompts import encode_prompt
 from .corruption import Purpose, corrupt, random_stream, sample_mask_probabilities
 from .segments import isolate_segments, split_segments
@@ -89,6 +90,7 @@ class MaskedDiffusionTrainer(Trainer):
 
     def __init__(self, *arguments, objective: Objective | None = None, sample_prompts: Sequence[str] = (), **keywords):
         super().__init__(*arguments, **keywords)
+        check_adapters(self.model, "`MaskedDiffusionTrainer`")
         self.args.remove_unused_columns = False  # the collator reads `is_prompt`, which the model does not know
         self.args.prediction_loss_only = True  # logits are those of masked positions: they do not align with labels
         self.objective = objective or Objective()
