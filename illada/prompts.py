@@ -1,10 +1,13 @@
 """What `generate` is asked to continue: the prompts, which of their columns are padding, and the room behind them."""
 
 import torch
+from transformers.utils import logging
 
 from .generation_config import MaskedDiffusionGenerationConfig
 
 DEFAULT_MAX_NEW_TOKENS = 256
+
+logger = logging.get_logger()  # Transformers' own, whose verbosity users set
 
 
 def prepare_prompts(
@@ -31,6 +34,7 @@ def prepare_prompts(
     if attention_mask is None:
         is_token = input_ids != config.pad_token_id
         if config.pad_token_id in config.eos_token_ids:
+            _warn_of_leading_pads(~is_token, config.pad_token_id)
             is_token = torch.ones_like(is_token)
         elif (is_token[:, :1] & ~is_token[:, -1:]).any():
             raise ValueError(
@@ -50,6 +54,19 @@ def prepare_prompts(
             "set `tokenizer.padding_side = 'left'`."
         )
     return input_ids.long(), attention_mask
+
+
+def _warn_of_leading_pads(is_pad: torch.BoolTensor, pad_token_id: int):
+    """Warns once if leading pad tokens (B, S), which are read as text, look like padding.
+
+    One at the start of every row does not: that is a BOS.
+    """
+    leading = is_pad.cumprod(-1).sum(-1)
+    if leading.max() > 1 or leading.min() != leading.max():
+        logger.warning_once(
+            f"`attention_mask` is not given and cannot be inferred, since `pad_token_id`={pad_token_id} is an EOS: "
+            "the leading ones of a row are read as text. Pass the `attention_mask` of the tokenizer."
+        )
 
 
 def prepare_max_new_tokens(

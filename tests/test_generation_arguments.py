@@ -1,8 +1,10 @@
 """Every argument of `generate`: a bad value is a ValueError that names it, before the first forward pass."""
 
+import logging
+
 import pytest
 import torch
-from tiny_models import MASK, PAD, random_model
+from tiny_models import EOS, MASK, PAD, random_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -288,3 +290,46 @@ def test_the_callers_config_and_the_models_are_left_alone(model):
     before = config.to_dict(), model.generation_config.to_dict()
     model.generate(PROMPT, config, block_length=2, canvas="fixed", pad_token_id=4)
     assert (config.to_dict(), model.generation_config.to_dict()) == before
+
+
+@pytest.fixture
+def warnings_of(model, caplog):
+    """The warnings of Transformers' logger in a call in which pad is EOS."""
+    logger = logging.getLogger("transformers")
+
+    def call(prompts, **arguments):
+        logger.warning_once.__func__.cache_clear()
+        caplog.clear()
+        model.generate(torch.tensor(prompts), max_new_tokens=1, pad_token_id=EOS, **arguments)
+        return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+    logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.WARNING, logger="transformers"):
+        yield call
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize("prompts", [[[EOS, 7, 8], [7, 8, 9]], [[EOS, EOS, 7]], [[EOS, EOS, 7], [EOS, 7, 8]]])
+def test_pads_that_are_eos_and_no_mask_give_a_warning(warnings_of, prompts):
+    (message,) = warnings_of(prompts)
+    assert f"`attention_mask` is not given and cannot be inferred, since `pad_token_id`={EOS} is an EOS" in message
+
+
+@pytest.mark.parametrize(
+    ("prompts", "arguments"),
+    [
+        ([[EOS, 7, 8], [7, 8, 9]], {"attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}),
+        ([[7, 8, 9], [7, EOS, EOS]], {}),  # no row begins with one
+        ([[EOS, 7, 8], [EOS, 8, 9]], {}),  # a BOS
+        ([[EOS, 7, 8]], {}),
+    ],
+    ids=str,
+)
+def test_there_is_no_warning_where_nothing_looks_like_padding(warnings_of, prompts, arguments):
+    assert warnings_of(prompts, **arguments) == []
+
+
+def test_the_warning_comes_once(warnings_of, model, caplog):
+    assert len(warnings_of([[EOS, 7, 8], [7, 8, 9]])) == 1
+    model.generate(torch.tensor([[EOS, 7, 8], [7, 8, 9]]), max_new_tokens=1, pad_token_id=EOS)
+    assert sum("cannot be inferred" in record.getMessage() for record in caplog.records) == 1
