@@ -1,4 +1,4 @@
-"""`illada serve`: the real server process on loopback, asked by the `openai` client and by clients that misbehave."""
+"""`illada serve`: OpenAI's interface on a real socket, asked by the `openai` client and by clients that misbehave."""
 
 import json
 import os
@@ -6,247 +6,554 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from processes import heed_interrupts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from illada import EMBEDDED_MODEL
-from illada.commands.main import app
+from illada.commands.main import app as command
 
-openai = pytest.importorskip("openai", reason="needs the extra serve")
+openai = pytest.importorskip("openai", reason="the server is asked by the `openai` client, which is not installed")
 pytest.importorskip("fastapi", reason="needs the extra serve")
-psutil = pytest.importorskip("psutil", reason="needs psutil, which accelerate installs")
-serving = pytest.importorskip("illada.serving", reason="needs the extra serve")
+pytest.importorskip("uvicorn", reason="needs the extra serve")
+from http_server import Caller, Gate, ThreadServer, wait_until  # noqa: E402
 
+NAME = "illada-tiny"
 QUESTIONS = [f"Tom has {n} apples. He buys {n + 2} more. How many apples does Tom have now?" for n in range(2, 10)]
-LONG = 192  # tokens of an answer that takes a while
+BLANK = "Today Tom has 3 pears and<[MASK]> cups. 3 + 4 = 7, so Tom has 7 things in all."
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """The embedded model without an EOS, so that an answer is as long as its budget."""
-    folder = tmp_path_factory.mktemp("served") / "talker"
+def model():
+    return AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
+
+
+@pytest.fixture(scope="module")
+def gate(model):
+    return Gate(model)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+
+
+@pytest.fixture(scope="module")
+def server(model, gate, tokenizer):
+    with ThreadServer(model, tokenizer) as server:
+        yield server
+
+
+@pytest.fixture
+def closed(gate):
+    """The gate, closed until the test opens it; it is open afterwards."""
+    gate.close()
+    yield gate
+    gate.open.set()
+
+
+@pytest.fixture(scope="module")
+def generated(tokenizer):
+    """What `generate` answers to a message (a list) or continues a text with, by a model of its own."""
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
-    model.config.eos_token_id = model.generation_config.eos_token_id = None
-    model.generation_config.max_new_tokens = 20
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(folder)
-    return folder
 
+    def generated(prompt, seed: int | None = None, **settings):
+        if isinstance(prompt, list):
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        else:
+            ids = tokenizer(prompt)["input_ids"]
+        if seed is not None:
+            settings["generator"] = torch.Generator().manual_seed(seed)
+        output = model.generate(torch.tensor([ids]), return_dict_in_generate=True, **settings)
+        return tokenizer.decode(output.sequences[0, len(ids) :], skip_special_tokens=True), output
 
-class Server:
-    """A process of `illada serve`."""
-
-    def __init__(self, folder, log):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{port}", log
-        options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "illada", "serve", *options, str(folder)],
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            preexec_fn=heed_interrupts,
-        )
-        deadline = time.monotonic() + 300
-        while not self.is_healthy():
-            assert self.process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-
-    def is_healthy(self) -> bool:
-        try:
-            return urllib.request.urlopen(f"{self.url}/health", timeout=5).status == 200
-        except OSError:
-            return False
-
-    def client(self):
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
-
-    def post(self, body: bytes, path: str = "/v1/chat/completions") -> tuple[int, str]:
-        """Status and text of the answer to a body that no client would send."""
-        request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=300) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-
-@pytest.fixture(scope="module")
-def server(checkpoint, tmp_path_factory):
-    server = Server(checkpoint, tmp_path_factory.mktemp("log") / "server.log")
-    yield server
-    if server.process.poll() is None:
-        server.process.kill()
-    server.process.wait(60)
-
-
-@pytest.fixture(scope="module")
-def answers(checkpoint) -> dict[tuple[str, int], str]:
-    """What `generate` answers in 6 and in 20 tokens."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
-    answers = {}
-    for question in QUESTIONS:
-        inputs = tokenizer.apply_chat_template(
-            user(question), add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-        for budget in (6, 20):
-            output = model.generate(inputs["input_ids"], max_new_tokens=budget)
-            answers[question, budget] = tokenizer.decode(
-                output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            )
-    return answers
+    return generated
 
 
 def user(question: str) -> list[dict]:
     return [{"role": "user", "content": question}]
 
 
-def ask(client, question: str, stream: bool = False, **settings) -> str:
-    completion = client.chat.completions.create(model="talker", messages=user(question), stream=stream, **settings)
+def ask(server, question: str, stream: bool = False, **settings) -> str:
+    completion = server.client.chat.completions.create(model=NAME, messages=user(question), stream=stream, **settings)
     if not stream:
         return completion.choices[0].message.content
     return "".join(chunk.choices[0].delta.content or "" for chunk in completion)
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--port", "9"], ["{}", "--port", "9"], ["--port", "9", "{}"], ["--port=9", "{}"]]
-)
-def test_the_model_may_be_left_out_or_stand_anywhere(checkpoint, monkeypatch, arguments):
-    contexts = []
-    monkeypatch.setattr(serving, "run_server", lambda arguments: contexts.append(serving.server_context(arguments)))
-    result = CliRunner().invoke(app, ["serve", *(argument.format(checkpoint) for argument in arguments)])
-    assert result.exit_code == 0, result.exception
-    model = str(checkpoint) if "{}" in arguments else str(EMBEDDED_MODEL)
-    assert contexts[0].params["force_model"] == model and contexts[0].params["port"] == 9
+def complete(server, prompt, stream: bool = False, **settings) -> str:
+    completion = server.client.completions.create(model=NAME, prompt=prompt, stream=stream, **settings)
+    if not stream:
+        return completion.choices[0].text
+    return "".join(chunk.choices[0].text for chunk in completion)
 
 
-def test_the_model_is_listed(server):
-    assert [model.id for model in server.client().models.list()] == ["talker"]
+BOTH = pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-def test_an_answer_is_generates(server, answers, stream):
-    assert ask(server.client(), QUESTIONS[0], stream) == answers[QUESTIONS[0], 20]  # the checkpoint's own budget
-    assert ask(server.client(), QUESTIONS[0], stream, max_tokens=6) == answers[QUESTIONS[0], 6]
+def test_the_model_is_listed_and_no_other_is_served(server):
+    client = server.client
+    assert [model.id for model in client.models.list()] == [NAME] and client.models.retrieve(NAME).id == NAME
+    with pytest.raises(openai.NotFoundError, match="'illada-tiny'"):
+        client.models.retrieve("some/other")
+    with pytest.raises(openai.NotFoundError, match="got 'another'"):
+        client.chat.completions.create(model="another", messages=user("hello"))
+    # What `transformers serve` offers, and is not offered here: any client could load another model.
+    status, text, _ = server.post({"model": "some/other"}, "/load_model")
+    assert status == 404 and "/load_model" in json.loads(text)["error"]["message"]
 
 
-def test_usage_and_the_reason_of_the_end(server):
-    completion = server.client().chat.completions.create(
-        model="talker", messages=user(QUESTIONS[0]), max_completion_tokens=6
+@BOTH
+def test_an_answer_is_generates(server, generated, stream):
+    assert ask(server, QUESTIONS[0], stream) == generated(user(QUESTIONS[0]))[0]  # in the checkpoint's own budget
+    assert ask(server, QUESTIONS[0], stream, max_tokens=6) == generated(user(QUESTIONS[0]), max_new_tokens=6)[0]
+    assert ask(server, QUESTIONS[0], stream, max_completion_tokens=6) == ask(server, QUESTIONS[0], max_tokens=6)
+    assert complete(server, "Today Tom", stream, max_tokens=9) == generated("Today Tom", max_new_tokens=9)[0]
+
+
+def test_usage_and_the_reason_of_the_end(server, generated):
+    for budget, reason in ((6, "length"), (100, "stop")):
+        completion = server.client.chat.completions.create(model=NAME, messages=user(QUESTIONS[0]), max_tokens=budget)
+        _, output = generated(user(QUESTIONS[0]), max_new_tokens=budget)
+        usage = completion.usage
+        assert completion.choices[0].finish_reason == reason
+        assert usage.forward_passes == int(output.num_forward_passes[0])
+        assert usage.completion_tokens == output.sequences.shape[1] - usage.prompt_tokens
+        assert usage.total_tokens == output.sequences.shape[1]
+        assert usage.tokens_per_forward == pytest.approx(float(output.tokens_per_forward[0]), abs=1e-3)
+
+
+def test_a_stream_brings_text_as_it_settles(server, generated):
+    stream = server.client.chat.completions.create(
+        model=NAME, messages=user(QUESTIONS[0]), stream=True, stream_options={"include_usage": True}
     )
-    assert completion.choices[0].finish_reason == "length" and completion.usage.completion_tokens == 6
+    *chunks, last = list(stream)
+    texts = [chunk.choices[0].delta.content for chunk in chunks]
+    answer, output = generated(user(QUESTIONS[0]))
+    assert "".join(text or "" for text in texts) == answer
+    assert sum(bool(text) for text in texts) > 2  # not the block as a whole
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].choices[0].finish_reason == "stop"
+    assert last.choices == [] and last.usage.forward_passes == int(output.num_forward_passes[0])
 
 
-def test_a_temperature_samples(server):
-    draws = {ask(server.client(), QUESTIONS[0], temperature=2.0, seed=seed) for seed in (1, 1, 2)}
-    assert len(draws) == 2
-
-
-def test_200_requests_of_8_clients(server, answers):
-    def converse(number: int) -> list[tuple[str, str]]:
-        client = server.client()
-        return [
-            (ask(client, question, stream=(turn + number) % 2 == 0, max_tokens=6), answers[question, 6])
-            for turn in range(25)
-            for question in [QUESTIONS[(turn + number) % 8]]
-        ]
-
-    def resident() -> int:
-        return psutil.Process(server.process.pid).memory_info().rss
-
-    with ThreadPoolExecutor(8) as clients:
-        list(clients.map(lambda number: ask(server.client(), QUESTIONS[number], max_tokens=6), range(8)))
-        before = resident()
-        pairs = [pair for each in clients.map(converse, range(8)) for pair in each]
-    grown = resident() - before
-    assert len(pairs) == 200 and all(actual == expected for actual, expected in pairs)
-    print(f"200 answers; the server grew by {grown / 2**20:.1f} MiB")
-    assert grown < 64 * 2**20
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-def test_clients_that_hang_up_free_their_work(server, stream):
-    start = time.monotonic()
-    ask(server.client(), QUESTIONS[0], max_tokens=LONG)
-    whole_answer = time.monotonic() - start
-
-    body = json.dumps({"model": "talker", "messages": user(QUESTIONS[0]), "max_tokens": LONG, "stream": stream})
-    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
-    request = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", body]).encode()
-    quitters = [socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) for _ in range(6)]
-    for connection in quitters:
-        connection.sendall(request)
-    if stream:
-        assert b"200 OK" in quitters[0].recv(1000)
-    else:
-        time.sleep(whole_answer / 4)  # all are received, and the first is being answered
-    for connection in quitters:
-        connection.close()
-    start = time.monotonic()
-    ask(server.client(), QUESTIONS[0], max_tokens=1)
-    assert time.monotonic() - start < whole_answer
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
 @pytest.mark.parametrize(
-    "change, status, reason",
+    "settings",
     [
-        ({"max_tokens": 10**9}, 400, "512 positions"),
-        ({"max_tokens": -1}, 400, "max_new_tokens"),
-        ({"max_tokens": 0}, 400, "must be positive"),
-        ({"max_tokens": "many"}, 400, "many"),
-        ({"max_tokens": {}}, 400, "dict"),
-        ({"temperature": -1}, 400, "temperature"),
-        ({"stop": [""]}, 400, "stop_strings"),
-        ({"generation_config": '{"num_beams": 4}'}, 400, "num_beams"),
-        ({"messages": []}, 400, "messages"),
-        ({"messages": None}, 400, "messages"),
-        ({"messages": "hello"}, 400, "messages"),
-        ({"messages": [{"content": "hello"}]}, 400, "role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "content"),
-        ({"messages": [{"role": "system", "content": "Be brief."}]}, 400, "System role"),
-        ({"model": "another"}, 404, "another"),
-        ({"model": 3}, 404, "talker"),
-        ({"no_such_field": 1}, 422, "no_such_field"),
+        {"preset": "fast"},
+        {"confidence_threshold": 0.5, "block_length": 8},
+        {"block_cache": "prefix", "block_length": 4, "canvas": "fixed"},
+        {"max_denoising_steps": 2, "remasking": "entropy", "guidance_scale": 1.5},
     ],
     ids=str,
 )
+def test_the_packages_own_settings_are_fields_of_a_request(server, generated, settings):
+    completion = server.client.chat.completions.create(
+        model=NAME, messages=user(QUESTIONS[3]), max_tokens=16, extra_body=settings
+    )
+    answer, output = generated(user(QUESTIONS[3]), max_new_tokens=16, **settings)
+    assert completion.choices[0].message.content == answer
+    assert completion.usage.forward_passes == int(output.num_forward_passes[0])
+
+
+def test_settings_of_the_server_are_the_defaults_of_requests(tokenizer, generated):
+    from illada import MaskedDiffusionGenerationConfig
+
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
+    model.generation_config = MaskedDiffusionGenerationConfig.merged(
+        model.generation_config, None, preset="fast", max_new_tokens=12
+    )
+    model.generation_config.stop_strings = ["12"]
+    with ThreadServer(model, tokenizer) as server:
+        answer, output = generated(user(QUESTIONS[3]), preset="fast", max_new_tokens=12)
+        usage = server.client.chat.completions.create(model=NAME, messages=user(QUESTIONS[3]), stop="none").usage
+        assert usage.forward_passes == int(output.num_forward_passes[0])
+        assert ask(server, QUESTIONS[3]) == answer.partition("12")[0] != answer  # the checkpoint's own stop string
+        exact = generated(user(QUESTIONS[3]), max_new_tokens=12)[0]
+        assert ask(server, QUESTIONS[3], stop="none", extra_body={"preset": "exact"}) == exact
+
+
+def test_several_prompts_and_several_answers(server, generated, tokenizer):
+    prompts = ["Today Tom has", "Sort the numbers: 17 4 9"]
+    settings = {"max_tokens": 8, "temperature": 1.5, "seed": 3, "n": 2}
+    expected = [
+        generated(prompt, seed, max_new_tokens=8, do_sample=True, temperature=1.5)[0]
+        for prompt in prompts
+        for seed in (3, 4)  # the second answer's noise is that of the next seed
+    ]
+    for given in (prompts, [tokenizer(prompt)["input_ids"] for prompt in prompts]):
+        completion = server.client.completions.create(model=NAME, prompt=given, **settings)
+        assert [choice.text for choice in completion.choices] == expected and len(set(expected)) == 4
+        assert [choice.index for choice in completion.choices] == [0, 1, 2, 3]
+    texts = [""] * 4
+    for chunk in server.client.completions.create(model=NAME, prompt=prompts, stream=True, **settings):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == expected
+    assert complete(server, prompts[0], max_tokens=4, echo=True).startswith(prompts[0])
+
+
+@BOTH
+def test_a_stop_string_ends_the_answer_and_is_not_in_it(server, generated, stream):
+    answer, _ = generated(user(QUESTIONS[0]))
+    assert "answer is" in answer  # "Add: 2 + 4 = 6. The answer is 6."
+    assert ask(server, QUESTIONS[0], stream, stop="answer is") == answer.partition("answer is")[0]
+    assert ask(server, QUESTIONS[0], stream, stop=["never", "er is", " The"]) == answer.partition(" The")[0]
+    assert ask(server, QUESTIONS[0], stream, stop=["answer is not"]) == answer  # what was held back comes after all
+    completion = server.client.chat.completions.create(
+        model=NAME, messages=user(QUESTIONS[0]), stop="2", extra_body={"block_length": 4}
+    )
+    answer, output = generated(user(QUESTIONS[0]), block_length=4)
+    assert completion.choices[0].message.content == answer.partition("2")[0]
+    assert completion.choices[0].finish_reason == "stop"
+    assert completion.usage.forward_passes < int(output.num_forward_passes[0])
+
+
+def test_a_stop_string_does_not_begin_in_the_prompt(server, generated):
+    answer, _ = generated("Today Tom has", max_new_tokens=6)
+    across = f"has{answer[:3]}"
+    assert across not in answer
+    assert complete(server, "Today Tom has", max_tokens=6, stop=across) == answer
+
+
+@BOTH
+def test_a_suffix_is_what_the_answer_leads_to(server, generated, tokenizer, model, stream):
+    prompt, texts = "Today Tom has 3 pears and", []
+    for suffix in (" cups. 3 + 4 = 7, so Tom has 7 things in all.", " cups. 3 + 6 = 9, so Tom has 9 things in all."):
+        after = tokenizer(suffix, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([[*tokenizer(prompt)["input_ids"], model.config.mask_token_id, *after]])
+        filled = model.generate(ids, max_new_tokens=0)[0, -len(after) - 1]
+        texts.append(complete(server, prompt, stream, suffix=suffix, max_tokens=1))
+        assert texts[-1] == tokenizer.decode(filled)
+    assert texts == [" 4", " 6"]
+
+
+@BOTH
+@pytest.mark.parametrize("budget", [0, 5])
+def test_blanks_of_a_prompt_are_filled_and_shown(server, tokenizer, model, budget, stream):
+    ids = tokenizer(BLANK, return_tensors="pt")["input_ids"]
+    expected = tokenizer.decode(model.generate(ids, max_new_tokens=budget)[0], skip_special_tokens=True)
+    assert "3 pears and 4 cups" in expected
+    assert complete(server, BLANK, stream, max_tokens=budget) == expected
+    spelled = BLANK.replace("<[MASK]>", "<[MASK]*1>")
+    assert complete(server, spelled, stream, max_tokens=budget) == expected
+
+
+def test_a_seed_is_kept_whoever_else_is_served(server, generated):
+    """24 overlapping requests, each with its own noise; and no request touches the process's own generator."""
+    settings = {"temperature": 2.0, "max_tokens": 8}
+
+    def request(number: int) -> str:
+        return ask(server, QUESTIONS[number % 3], number % 2 == 0, seed=number % 5, **settings)
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(request, range(24)))
+    assert torch.equal(torch.get_rng_state(), state)
+    expected = [
+        generated(user(QUESTIONS[n % 3]), n % 5, max_new_tokens=8, do_sample=True, temperature=2.0)[0]
+        for n in range(24)
+    ]
+    assert answers == expected and len(set(expected)) > 5
+    assert len({ask(server, QUESTIONS[0], **settings) for _ in range(3)}) > 1  # without a seed, fresh noise
+
+
+def test_a_checkpoint_decides_whether_it_samples(server, generated):
+    assert ask(server, QUESTIONS[0], temperature=0, top_p=0.5) == generated(user(QUESTIONS[0]))[0]
+    with pytest.raises(openai.BadRequestError, match="`top_p`=0.5 must come with a `temperature`"):
+        ask(server, QUESTIONS[0], top_p=0.5)
+
+
+def test_logit_bias_is_honoured_or_refused_by_name(server, generated, tokenizer):
+    """The core decides: `sequence_bias` of single tokens."""
+    from illada import MaskedDiffusionGenerationConfig
+
+    answer, output = generated(user(QUESTIONS[0]), max_new_tokens=8)
+    token = int(output.sequences[0, -8])
+    try:
+        MaskedDiffusionGenerationConfig(sequence_bias=[[[token], -100.0]])
+    except ValueError:
+        with pytest.raises(openai.BadRequestError, match="`logit_bias`"):
+            ask(server, QUESTIONS[0], max_tokens=8, logit_bias={str(token): -100})
+    else:
+        expected = generated(user(QUESTIONS[0]), max_new_tokens=8, sequence_bias=[[[token], -100.0]])[0]
+        assert ask(server, QUESTIONS[0], max_tokens=8, logit_bias={str(token): -100}) == expected != answer
+
+
+def test_health_answers_while_the_model_is_at_work(server, closed, generated):
+    """A request with blanks is in its first forward pass, which does not end before /health has answered."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(complete, server, BLANK, max_tokens=8)
+        wait_until(lambda: closed.num_arrived == 1, "the request does not begin")
+        assert server.get("/health")[:2] == (200, '{"status":"ok"}')
+        assert server.get("/v1/models")[0] == 200
+        assert not pending.done()
+        closed.open.set()
+        pending.result()
+    # Nothing was decoded twice, as a check or otherwise.
+    assert closed.num_passes == int(generated(BLANK, max_new_tokens=8)[1].num_forward_passes[0])
+
+
+@BOTH
+def test_clients_that_hang_up_free_their_work(server, closed, generated, stream):
+    body = {"model": NAME, "messages": user(QUESTIONS[0]), "max_tokens": 64, "stream": stream}
+    quitters = [server.connect(body) for _ in range(4)]
+    worker = server.worker
+    wait_until(lambda: closed.num_arrived == 1 and len(worker._waiting) == 3, "the requests do not arrive")
+    requests = [worker._running, *worker._waiting]
+    for connection in quitters:
+        connection.close()
+    wait_until(lambda: all(request.is_cancelled.is_set() for request in requests), "the server does not notice")
+    closed.open.set()
+    answer, output = generated(user(QUESTIONS[1]), max_new_tokens=1)
+    assert ask(server, QUESTIONS[1], max_tokens=1) == answer
+    assert closed.num_passes == 1 + int(output.num_forward_passes[0])  # the first quitter's pass had begun
+
+
+def test_a_full_queue_is_a_429(model, gate, tokenizer, closed):
+    with ThreadServer(model, tokenizer, max_waiting=2) as server, ThreadPoolExecutor(3) as pool:
+        running = pool.submit(ask, server, QUESTIONS[0], max_tokens=2)
+        wait_until(lambda: closed.num_arrived == 1, "the request does not begin")
+        waiting = [pool.submit(ask, server, QUESTIONS[1], max_tokens=2) for _ in range(2)]
+        wait_until(lambda: len(server.worker._waiting) == 2, "the requests do not wait")
+        status, text, headers = server.post({"messages": user("hello")})
+        assert status == 429 and int(headers["retry-after"]) > 0
+        assert json.loads(text)["error"]["type"] == "rate_limit_error"
+        status, text, _ = server.post({"messages": user("hello"), "n": 3})
+        assert status == 400 and "at most 2 texts, got 3" in text
+        closed.open.set()
+        assert running.result() and len({answer.result() for answer in waiting}) == 1
+
+
+@BOTH
+def test_a_fault_of_the_model_is_a_500_and_the_server_lives(server, gate, generated, caplog, monkeypatch, stream):
+    def fail(module, arguments):
+        raise RuntimeError("secret of the machine")
+
+    handle = server.worker.model.register_forward_pre_hook(fail)
+    status, text, headers = server.post({"messages": user("hello"), "stream": stream})
+    handle.remove()
+    error = json.loads(text.splitlines()[-2].removeprefix("data: ") if stream else text)["error"]
+    assert status == (200 if stream else 500) and error["type"] == "server_error"
+    assert headers["x-request-id"] in error["message"] and "secret" not in text
+    assert headers["x-request-id"] in caplog.text and "secret of the machine" in caplog.text
+    assert ask(server, QUESTIONS[1]) == generated(user(QUESTIONS[1]))[0]
+
+
+def test_a_request_that_takes_too_long_is_given_up(model, gate, tokenizer, closed):
+    with ThreadServer(model, tokenizer, timeout=0.01) as server:
+        status, text, _ = server.post({"messages": user("hello")})
+        assert status == 504 and "0.01 seconds" in json.loads(text)["error"]["message"]
+        closed.open.set()
+
+
+def test_an_api_key(model, tokenizer):
+    with ThreadServer(model, tokenizer, api_key="opén", allowed_origins=["http://page"]) as server:
+        assert server.get("/health")[0] == 200
+        assert server.get("/v1/models")[0] == 401
+        with pytest.raises(openai.AuthenticationError):
+            server.client_with("wrong").models.list()
+        status, _, headers = server.get(
+            "/v1/models", {"Authorization": "Bearer opén".encode().decode("latin-1"), "Origin": "http://page"}
+        )
+        assert status == 200 and headers["access-control-allow-origin"] == "http://page"
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "change, status, reason",
+    [
+        ({"max_tokens": 10**9}, 400, "`max_tokens` must be at most"),
+        ({"max_completion_tokens": 10**9}, 400, "`max_completion_tokens` must be at most"),
+        ({"max_tokens": -1}, 400, "`max_tokens`"),
+        ({"max_tokens": 0}, 400, "`max_tokens` must be above 0"),
+        ({"max_tokens": "many"}, 400, "'many'"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, 400, "must not differ, got 3 and 4"),
+        ({"temperature": -1}, 400, "`temperature`"),
+        ({"top_p": 2, "temperature": 1}, 400, "`top_p`"),
+        ({"seed": 2**64}, 400, "`seed`"),
+        ({"n": 0}, 400, "`n`"),
+        ({"stop": [""]}, 400, "`stop.0`"),
+        ({"logit_bias": {"many": 1}}, 400, "`logit_bias` must have token ids"),
+        ({"logit_bias": {"5": 1000}}, 400, "`logit_bias.5`"),
+        ({"preset": "quick"}, 400, "`preset` must be one of"),
+        ({"confidence_threshold": 5}, 400, "`confidence_threshold` must be a number in (0, 1]"),
+        ({"cache_refresh_interval": 4}, 400, "`cache_refresh_interval`=4 must come with `block_cache`"),
+        ({"compile": True}, 400, "`compile` is not a field"),
+        ({"num_beams": 4}, 400, "`num_beams` is not a field"),
+        ({"suppress_tokens": [10**6]}, 400, "`suppress_tokens`"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "`tools` must be left out"),
+        ({"response_format": {"type": "json_object"}}, 400, "`response_format` must be left out"),
+        ({"logprobs": True}, 400, "`logprobs` must be left out"),
+        ({"frequency_penalty": 0.5}, 400, "`frequency_penalty` must be left out"),
+        ({"messages": []}, 400, "`messages`"),
+        ({"messages": None}, 400, "`messages`"),
+        ({"messages": "hello"}, 400, "`messages`"),
+        ({"messages": [{"content": "hello"}]}, 400, "`messages.0.role`"),
+        ({"messages": [{"role": "user"}]}, 400, "`content`"),
+        ({"messages": [{"role": "wizard", "content": "hello"}]}, 400, "'wizard'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "'image_url'"),
+        ({"messages": [{"role": "system", "content": "Be brief."}]}, 400, "System role"),
+        ({"messages": [{"role": "user", "content": "a <[MASK]> b"}]}, 400, "/v1/completions fills blanks"),
+        ({"messages": [{"role": "user", "content": "word " * 600}]}, 400, "the model has 512 positions"),
+        ({"model": "another"}, 404, "'another'"),
+        ({"no_such_field": 1}, 400, "`no_such_field` is not a field"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
 def test_bad_requests_get_a_reason(server, change, status, reason, stream):
-    body = {"model": "talker", "messages": user("hello"), "stream": stream, **change}
-    actual, text = server.post(json.dumps(body).encode())
-    assert actual == status and reason in json.loads(text)["error"]["message"]
+    actual, text, headers = server.post({"model": NAME, "messages": user("hello"), "stream": stream, **change})
+    error = json.loads(text)["error"]
+    assert actual == status and reason in error["message"] and error["type"] == "invalid_request_error", error
+    assert headers["x-request-id"]
 
 
-@pytest.mark.parametrize("body", [b"{nope", b"", b"[]", b'"hello"', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"prompt": ""}, None),  # BOS alone is a prompt
+        ({"prompt": []}, "`prompt`"),
+        ({"prompt": [10**6]}, "`prompt` must have token ids below"),
+        ({"prompt": "a<[MASK]*0>"}, "at least one token"),
+        ({"max_tokens": 0}, "for a prompt without blanks"),
+        ({"suffix": " b"}, "`suffix` must come with a `max_tokens`"),
+        ({"suffix": " b", "prompt": "a<[MASK]>", "max_tokens": 1}, "`suffix` needs a prompt without blanks"),
+        ({"suffix": " b", "echo": True, "max_tokens": 1}, "`echo` must not be true"),
+        ({"prompt": "a<[MASK]>", "echo": False}, "`echo` must not be false"),
+        ({"best_of": 4}, "`best_of` must be left out"),
+        ({"logprobs": 1}, "`logprobs` must be left out"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_bad_completions_get_a_reason(server, change, reason):
+    status, text, _ = server.post({"model": NAME, "prompt": "Today", **change}, "/v1/completions")
+    assert (status, reason) == (200, None) or (status == 400 and reason in json.loads(text)["error"]["message"]), text
+
+
+@pytest.mark.parametrize("body", [b"{nope", b"", b"[]", b'"hello"', b"\xff\xfe", b'{"messages": NaN}'])
 def test_malformed_bodies_get_a_reason(server, body):
-    status, text = server.post(body)
-    assert status in (400, 422) and json.loads(text)["detail"]
+    status, text, _ = server.post(body)
+    assert status == 400 and json.loads(text)["error"]["message"]
 
 
-def test_the_client_library_sees_its_own_errors(server):
-    with pytest.raises(openai.BadRequestError, match="512 positions"):
-        ask(server.client(), QUESTIONS[0], stream=True, max_tokens=10**9)
-    with pytest.raises(openai.NotFoundError, match="'talker'"):
-        server.client().chat.completions.create(model="another", messages=user("hello"))
+def test_a_body_beyond_the_limit_is_refused(server):
+    status, text, _ = server.post({"messages": user("x" * 2**21)})
+    assert status == 413 and "1048576 bytes" in json.loads(text)["error"]["message"]
+    status, text, _ = server.get("/v1/chat/completions")
+    assert status == 405 and json.loads(text)["error"]["message"]
 
 
-def test_the_server_lived_on(server, answers):
-    """After all of the above, in the order of this file."""
-    assert server.process.poll() is None
-    assert ask(server.client(), QUESTIONS[1]) == answers[QUESTIONS[1], 20]
-    assert "Traceback" not in server.log.read_text()
+def test_a_client_that_sends_half_a_body_holds_nobody_up(server, generated):
+    connection = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+    assert ask(server, QUESTIONS[2]) == generated(user(QUESTIONS[2]))[0]
+    connection.close()
 
 
-def test_an_interrupt_ends_it(server):
-    server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(60) in (0, 130)
-    assert "Traceback" not in server.log.read_text()
+def test_texts_of_characters_that_take_several_tokens():
+    from illada.serving.answers import SettledText
+
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    text = "a 日本 \U0001f600 é"
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    settled, seen = SettledText(tokenizer), []
+    for token in tokens:
+        settled.append([token])
+        seen.append(settled.text)
+        assert text.startswith(settled.text)
+    settled.finish()
+    assert settled.text == text and len(tokens) > len(text) and len(set(seen)) > 4
+
+
+def test_options_are_listed_and_unknown_ones_refused():
+    help_text = CliRunner().invoke(command, ["serve", "--help"], env={"COLUMNS": "200"}).output
+    for option in ("--model", "--host", "--port", "--device", "--dtype", "--preset", "--api-key", "--max-waiting"):
+        assert option in help_text
+    for options in (["--continuous-batching"], ["--compile"], ["--port", "99999"], ["--port", "0"]):
+        assert CliRunner().invoke(command, ["serve", *options]).exit_code == 2
+
+
+def test_bad_settings_are_refused_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr("illada.commands.options.load", lambda *_, **__: pytest.fail("the model is loaded"))
+    result = CliRunner().invoke(command, ["serve", "--preset", "quick"])
+    assert result.exit_code != 0 and "quick" in str(result.exception) + result.output
+
+
+class ProcessServer(Caller):
+    """A process of `illada serve`."""
+
+    def __init__(self, log, *options: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{port}", log
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "illada", "serve", "--port", str(port), "--device", "cpu", *options],
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            preexec_fn=heed_interrupts,
+        )
+
+    def __enter__(self):
+        def is_up():
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                return self.get("/health")[0] == 200
+            except OSError:
+                return False
+
+        wait_until(is_up, "the server does not come up", 300)
+        return self
+
+    def __exit__(self, *exception):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(60)
+
+
+def test_a_server_finishes_its_answers_before_it_ends(tmp_path, generated):
+    """SIGTERM while an answer is streamed: the rest of it comes, and then the process ends without a word."""
+    with ProcessServer(tmp_path / "log", "--name", "short", "--max-new-tokens", "3") as server:
+        assert [model.id for model in server.client.models.list()] == ["short"]
+        assert server.client.completions.create(model="short", prompt="Today").usage.completion_tokens == 3
+        stream = iter(server.client.completions.create(model="short", prompt="Today", max_tokens=300, stream=True))
+        text = next(stream).choices[0].text
+        server.process.send_signal(signal.SIGTERM)
+        text += "".join(chunk.choices[0].text for chunk in stream)
+        assert text == generated("Today", max_new_tokens=300)[0]
+        assert server.process.wait(60) in (0, -signal.SIGTERM)  # newer uvicorn raises the signal again at its end
+        assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_200_requests_of_8_clients(tmp_path, generated):
+    psutil = pytest.importorskip("psutil", reason="the server's memory is not measured: psutil is not installed")
+    answers = {question: generated(user(question), max_new_tokens=6)[0] for question in QUESTIONS}
+
+    with ProcessServer(tmp_path / "log") as server:
+
+        def converse(number: int) -> list[tuple[str, str]]:
+            questions = [QUESTIONS[(turn + number) % 8] for turn in range(25)]
+            return [
+                (ask(server, question, (turn + number) % 2 == 0, max_tokens=6), answers[question])
+                for turn, question in enumerate(questions)
+            ]
+
+        def resident() -> int:
+            return psutil.Process(server.process.pid).memory_info().rss
+
+        with ThreadPoolExecutor(8) as clients:
+            list(clients.map(lambda number: ask(server, QUESTIONS[number], max_tokens=6), range(8)))
+            before = resident()
+            pairs = [pair for each in clients.map(converse, range(8)) for pair in each]
+        grown = resident() - before
+        assert len(pairs) == 200 and all(actual == expected for actual, expected in pairs)
+        print(f"200 answers; the server grew by {grown / 2**20:.1f} MiB")
+        assert grown < 64 * 2**20
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(60) in (0, 130, -signal.SIGINT)
+        assert "Traceback" not in server.log.read_text()

@@ -45,9 +45,8 @@ def illada(
     pass
 
 
-for _command in (generate, infill, revise, info, chat, convert, export, train, demo):
+for _command in (generate, infill, revise, info, chat, convert, export, train, demo, serve):
     app.command()(_command)
-app.command(context_settings=CONTEXT_SETTINGS)(serve)
 app.command("eval", context_settings=CONTEXT_SETTINGS)(evaluate)
 
 for _registered in app.registered_commands:

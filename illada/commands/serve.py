@@ -1,23 +1,65 @@
 """`illada serve`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..generation_config import MaskedDiffusionGenerationConfig
+from ..text.loading import locate
+from .options import DecodingOptions, ModelOptions, expand_options
 
+
+@expand_options
 def serve(
-    context: typer.Context,
-    model: Annotated[
-        str | None, typer.Argument(help="Checkpoint folder or Hub id.", show_default="the embedded model")
+    checkpoint: ModelOptions,
+    decoding: DecodingOptions,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest answer in tokens, if a request does not say.", min=1, show_default="the checkpoint's"
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 serves the whole network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="The model's name for clients.", show_default="its folder's, or its Hub id")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="Key that clients must send.", envvar="ILLADA_API_KEY", show_default="none"),
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(help="Texts that may wait; further ones get a 429.", min=1)] = 256,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds after which a request is given up.", min=0.1, show_default="none")
+    ] = None,
+    max_body_kib: Annotated[int, typer.Option("--max-body-kib", help="Largest request, in KiB.", min=1)] = 1024,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin whose pages may call the server (CORS); repeatable.", show_default="none"),
     ] = None,
 ):
-    """Serve a model by OpenAI's HTTP interface with `transformers serve`, whose options are understood (see its help).
+    """Serve a model by OpenAI's HTTP interface: chat completions, completions, streaming.
 
-    Example: `illada serve --host 127.0.0.1 --port 8000`
+    The decoding options are the defaults of requests, which may set each of them.
+
+    Example: `illada serve --port 8000 --preset fast`
     """
     try:
-        from ..serving import run_server
-    except ImportError as error:
+        import uvicorn
+
+        from ..serving.app import ServerOptions, build_app
+        from ..serving.worker import Worker
+    except ModuleNotFoundError as error:
         raise ValueError(f"`illada serve` needs the extra: pip install 'illada[serve]' ({error}).") from error
-    # Of options that are not known here the first may have been taken for the model.
-    run_server([model, *context.args] if model is not None else context.args)
+    settings = decoding.settings()
+    if max_new_tokens is not None:
+        settings["max_new_tokens"] = max_new_tokens
+    MaskedDiffusionGenerationConfig.merged(None, None, **settings)  # refuses bad ones before the weights are loaded
+    model, tokenizer = checkpoint.load()
+    model.generation_config = MaskedDiffusionGenerationConfig.merged(model.generation_config, None, **settings)
+    place = locate(checkpoint.model, "--model")
+    name = name or (Path(place).resolve().name if Path(place).is_dir() else place)
+    options = ServerOptions(api_key, timeout, max_body_kib * 1024, allow_origin or [])
+    app = build_app(Worker(model, max_waiting), tokenizer, name, options)
+    uvicorn.run(app, host=host, port=port)
