@@ -111,6 +111,46 @@ def test_fill_mask_predicts_what_generate_fills_in(saved, model, tokenizer, text
         assert [each["score"] for each in blank] == pytest.approx(row.topk(3).values.tolist(), rel=1e-4)
 
 
+def filled(model, tokenizer, text: str, **settings) -> list[str]:
+    """The whole text of each returned row, by `generate` itself."""
+    sequences = model.generate(tokenizer(text, return_tensors="pt")["input_ids"], **settings)
+    return tokenizer.batch_decode(sequences, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("budget", [0, 5])
+def test_a_text_pipeline_shows_what_was_filled_in(saved, writer, model, tokenizer, budget):
+    from illada.text.pipelines import TextWithBlanksPipeline
+
+    write = pipeline("text-generation", model=str(saved), pipeline_class=TextWithBlanksPipeline)
+    texts = [BLANK, BLANKS]
+    expected = [filled(model, tokenizer, text, max_new_tokens=budget)[0] for text in texts]
+    assert all("MASK" not in text for text in expected)
+    for batch_size in (1, 2):
+        answers = write(texts, max_new_tokens=budget, batch_size=batch_size)
+        assert [answer[0]["generated_text"] for answer in answers] == expected
+    spelled = BLANKS.replace("<[MASK]><[MASK]>", "<[MASK]*2>")
+    assert write(spelled, max_new_tokens=budget)[0]["generated_text"] == expected[1]
+    # Transformers' own pipeline has the same tokens.
+    tokens = writer(BLANK, max_new_tokens=budget, return_tensors=True)[0]["generated_token_ids"]
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == expected[0]
+
+
+def test_each_sample_of_a_text_pipeline_shows_its_own_filling(saved, model, tokenizer):
+    from illada.text.pipelines import TextWithBlanksPipeline
+
+    write = pipeline("text-generation", model=str(saved), pipeline_class=TextWithBlanksPipeline)
+    settings = {"max_new_tokens": 2, "do_sample": True, "temperature": 3.0, "num_return_sequences": 4}
+    set_seed(3)
+    expected = filled(model, tokenizer, BLANKS, **settings)
+    set_seed(3)
+    assert [answer["generated_text"] for answer in write(BLANKS, **settings)] == expected
+    assert len({text[:20] for text in expected}) > 1
+    assert write(PROMPTS[0], **SETTINGS)[0]["generated_text"].startswith(PROMPTS[0])
+    assert write(CHATS[0], **SETTINGS)[0]["generated_text"][-1]["role"] == "assistant"
+    with pytest.raises(ValueError, match="must not have a blank"):
+        write([{"role": "user", "content": BLANK}], **SETTINGS)
+
+
 STRANGER = """
 import json, sys
 sys.modules["illada"] = None  # its import fails, installed or not
