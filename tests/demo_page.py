@@ -146,10 +146,12 @@ class Visitor:
             """
             window.seen = [];
             document.querySelector("#canvas").dataset.state = "before";
+            const answers = () => [...document.querySelectorAll("#conversation .assistant")];
             window.observer ??= new MutationObserver(() => {
               const canvas = document.querySelector("#canvas"), count = s => canvas.querySelectorAll(s).length;
               window.seen.push({state: canvas.dataset.state, masked: count(".mask"), committed: count(".committed"),
-                                passes: +document.querySelector("#passes").textContent});
+                                passes: +document.querySelector("#passes").textContent,
+                                answer: answers().at(-1)?.textContent});
             });
             const changes = {subtree: true, childList: true, attributes: true, characterData: true};
             window.observer.observe(document.body, changes);

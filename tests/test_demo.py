@@ -1,5 +1,6 @@
 """The web page: the real server, driven in a headless Chromium, and what it is made of."""
 
+import os
 import sys
 import time
 
@@ -9,7 +10,7 @@ from demo_page import DemoServer, Visitor, what_is_missing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from illada import EMBEDDED_MODEL
+from illada import EMBEDDED_MODEL, DenoisingStep
 from illada.commands.main import app
 from illada.demo import examples
 from illada.demo.picture import denoising_html
@@ -19,6 +20,7 @@ from illada.text.trace import trace_tokens
 from illada.tiny.corpus import held_out_examples
 from illada.tiny.tokenizer import train_tokenizer
 
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read by Gradio on import
 ENTER, TAB = "\ue007", "\ue004"
 
 needs_browser = pytest.mark.skipif(
@@ -46,6 +48,7 @@ def server(tmp_path_factory):
 def visitor(server):
     with Visitor(server.url) as visitor:
         visitor.type("#pause input[type=number]", "0.05", TAB)
+        visitor.click("button.label-wrap", "Settings")
         yield visitor
 
 
@@ -58,10 +61,34 @@ def answer(model, tokenizer, question: str, **settings):
     return tokenizer.decode(output.sequences[0, ids.input_ids.shape[1] :], skip_special_tokens=True).strip(), output
 
 
+def messages(visitor, role: str = "") -> list[str]:
+    """The texts that the conversation shows, as a visitor reads them."""
+    found = visitor.driver.find_elements("css selector", f"#conversation .message{role and '.' + role}")
+    return [element.get_property("textContent") for element in found]
+
+
 def last_answer(visitor) -> str:
-    return visitor.driver.find_elements("css selector", "#chatbot .bot .message-content, #chatbot .bot.message")[
-        -1
-    ].text
+    return messages(visitor, "assistant")[-1]
+
+
+def start(visitor, message: str):
+    """Sends a message, and returns when its answer is being written."""
+    visitor.driver.execute_script("document.querySelector('#canvas').dataset.state = 'before'")
+    visitor.type("#message textarea", message, ENTER)
+    visitor.wait(lambda: visitor.find("#canvas").get_attribute("data-state") == "running", "the denoising begins not")
+
+
+def toast(visitor, words: str) -> str:
+    """The message about these words, which is then put away."""
+
+    def found():
+        toasts = visitor.driver.find_elements("css selector", ".toast-body")
+        return next((toast for toast in toasts if words in toast.text), None)
+
+    shown = visitor.wait(found, f"no message about {words!r}")
+    text = shown.text
+    visitor.driver.execute_script("document.querySelectorAll('.toast-close').forEach(button => button.click())")
+    return text
 
 
 def send(visitor, message: str):
@@ -78,7 +105,10 @@ def test_a_message_is_answered_before_the_visitor_s_eyes(visitor, model, tokeniz
     on_the_way = {(state["passes"], state["committed"]) for state in states if state["masked"]}
     assert len(on_the_way) >= 3  # every state is not caught, but several are: tokens settle one after another
     for number, committed in on_the_way:
-        assert committed == number <= passes
+        assert committed <= number <= passes  # what stands after the answer's end is not shown
+    # The bubble shows text: neither special tokens nor what stands after the end.
+    drafts = [state["answer"] for state in states if state["answer"]]
+    assert len(set(drafts)) >= 3 and not any("<" in draft for draft in drafts)
     assert (states[-1]["passes"], states[-1]["masked"]) == (passes, 0)
     assert visitor.find("#rate").text == f"{float(output.tokens_per_forward[0]):.2f}"
     visitor.wait(lambda: last_answer(visitor) == text, f"the answer is not {text!r}")
@@ -107,17 +137,48 @@ def test_a_slider_changes_the_number_of_forward_passes(visitor, model, tokenizer
 
 
 @needs_browser
-def test_stop_ends_the_playing(visitor):
+def test_stop_ends_the_playing_and_keeps_the_turn(visitor, model, tokenizer):
+    before, question = messages(visitor), held_out_examples("ordering", 1)[0].prompt
     visitor.type("#pause input[type=number]", "1", TAB)
-    visitor.driver.execute_script("document.querySelector('#canvas').dataset.state = 'before'")
-    send(visitor, held_out_examples("ordering", 1)[0].prompt)()
-    visitor.wait(lambda: visitor.find("#canvas").get_attribute("data-state") == "running", "the denoising begins not")
+    start(visitor, question)
+    visitor.wait(lambda: int(visitor.find("#passes").text) >= 2, "there is no second pass")
     visitor.click("#stop")
+    visitor.wait(lambda: visitor.find("#canvas").get_attribute("data-state") == "done", "it does not stop")
     visitor.type("#pause input[type=number]", "0.05", TAB)
-    before = visitor.find("#passes").text
-    time.sleep(2)
-    assert visitor.find("#passes").text in (before, str(int(before) + 1))  # a step that was on its way may still come
+    assert int(visitor.find("#passes").text) < int(answer(model, tokenizer, question)[1].num_forward_passes[0])
+    *rest, asked, partial = messages(visitor)
+    assert (rest, asked) == (before, question) and "░" in partial and partial.strip("░")
+    visitor.run(send(visitor, question))
+    text, _ = answer(model, tokenizer, question)
+    visitor.wait(lambda: messages(visitor) == [*before, question, partial, question, text], "the turn is lost")
+
+
+@needs_browser
+def test_what_is_typed_during_an_answer_is_kept_and_what_is_sent_is_answered(visitor, model, tokenizer):
+    before = messages(visitor)
+    questions = [example.prompt for example in held_out_examples("word_problem", 2)]
+    visitor.type("#pause input[type=number]", "0.3", TAB)
+    start(visitor, questions[0])
+    visitor.type("#message textarea", questions[1], ENTER)
+    visitor.wait(lambda: visitor.value("#message textarea") == "", "the second message is not taken")
     assert visitor.find("#canvas").get_attribute("data-state") == "running"
+    visitor.type("#message textarea", "half a mess")
+    visitor.type("#pause input[type=number]", "0.05", TAB)
+    answers = [answer(model, tokenizer, question)[0] for question in questions]
+    expected = [*before, questions[0], answers[0], questions[1], answers[1]]
+    visitor.wait(lambda: messages(visitor) == expected, f"the messages are not {expected}")
+    assert visitor.value("#message textarea") == "half a mess"
+    visitor.type("#message textarea", "")
+
+
+@needs_browser
+def test_text_is_text(visitor, model, tokenizer):
+    """What looks like HTML or Markdown is shown as it was written, line breaks and spaces included."""
+    message = "<b>bold</b> <s>a</s>  **b** <img src=x onerror=alert(1)> $$x$$ &lt;"
+    visitor.run(send(visitor, message))
+    expected, _ = answer(model, tokenizer, message)
+    visitor.wait(lambda: messages(visitor)[-2:] == [message, expected], f"not {[message, expected]}")
+    assert visitor.driver.find_elements("css selector", "#conversation .message *") == []
 
 
 @needs_browser
@@ -171,28 +232,48 @@ def test_an_edited_text_is_revised(visitor, model, tokenizer):
 
 
 @needs_browser
-def test_what_cannot_be_done_is_said_in_one_sentence(visitor):
-    def message_about(words: str) -> str:
-        def found():
-            toasts = visitor.driver.find_elements("css selector", ".toast-body")
-            return next((toast.text for toast in toasts if words in toast.text), None)
-
-        return visitor.wait(found, f"no message about {words!r}")
-
+def test_a_refused_input_changes_nothing_on_the_page(visitor, model, tokenizer):
     visitor.click("button[role=tab]", "Chat")
-    visitor.click("button.label-wrap", "More settings")
+    question = "Sort the numbers: 17 4 9"
+    visitor.run(send(visitor, question))
+    visitor.wait(lambda: last_answer(visitor) == answer(model, tokenizer, question)[0], "there is no answer")
+
+    def shown() -> tuple:
+        return messages(visitor), visitor.find("#canvas").text, visitor.find("#passes").text
+
+    before = shown()
+    visitor.type("#message textarea", "   ", ENTER)
+    assert "must hold some text" in toast(visitor, "The message")
+    assert shown() == before and before[1]
     visitor.type("#budget input[type=number]", "512", TAB)
-    visitor.type("#message textarea", "Sort the numbers: 17 4 9", ENTER)
-    assert "do not fit into the model's" in message_about("max_new_tokens")
+    visitor.type("#message textarea", question, ENTER)
+    assert "do not fit into the model's" in toast(visitor, "max_new_tokens")
+    assert shown() == before and visitor.value("#message textarea") == question
+    visitor.type("#budget input[type=number]", "128", TAB)
+    visitor.type("#message textarea", "")
     visitor.click("button[role=tab]", "Fill in")
     visitor.type("#blank-text textarea", "No blank here.")
     visitor.click("#fill")
-    assert "such as <[MASK]>" in message_about("must hold a blank")
-    assert visitor.value("#blank-text textarea") == "No blank here."  # nothing that was written is lost
+    assert "such as <[MASK]>" in toast(visitor, "must hold a blank")
+    assert shown()[1:] == before[1:] and visitor.value("#blank-text textarea") == "No blank here."
     visitor.click("button[role=tab]", "Revise")
     visitor.type("#revise-threshold input[type=number]", "0", TAB)
     visitor.click("#revise")
-    assert "must be a number in (0, 1]" in message_about("`threshold`")
+    assert "must be a number in (0, 1]" in toast(visitor, "`threshold`")
+    assert shown()[1:] == before[1:]
+    visitor.click("button[role=tab]", "Chat")
+    assert shown() == before
+
+
+@needs_browser
+def test_on_a_phone_the_denoising_is_above_what_is_typed(visitor):
+    visitor.driver.set_window_size(500, 844)
+    try:
+        visitor.wait(lambda: visitor.find("#canvas").rect["width"] < 500, "the page is not narrow")
+        assert visitor.find("#canvas").rect["y"] < visitor.find("#message").rect["y"]
+        assert visitor.find("#canvas").rect["y"] < 600
+    finally:
+        visitor.driver.set_window_size(*visitor.size)
 
 
 @needs_browser
@@ -209,6 +290,91 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     result = CliRunner().invoke(app, ["demo"])
     assert isinstance(result.exception, ValueError) and "pip install 'illada[demo]'" in str(result.exception)
+
+
+@pytest.fixture(scope="module")
+def page(model, tokenizer):
+    pytest.importorskip("gradio", reason="needs the extra demo")
+    from illada.demo.page import Page
+
+    return Page(model, tokenizer, "illada-tiny", is_embedded=True)
+
+
+def values_of(page, **changed) -> dict:
+    """What Gradio hands the page's functions: the values of the components as they begin, but for `changed`."""
+    from illada.demo.session import Session
+
+    components = [page.remember, page.pause, page.threshold, page.rounds, *page.settings.components]
+    values = {component: component.value for component in components}
+    values |= {page.session: Session(), page.pause: 0, page.message: "", page.finished_text: "", page.blank_text: ""}
+    return values | {getattr(page, name): value for name, value in changed.items()}
+
+
+def test_a_function_that_refuses_leaves_every_component_as_it_is(page):
+    """A generator that yields nothing, as 0.1 had them, makes Gradio empty all of its outputs."""
+    import gradio as gr
+
+    values = values_of(page, blank_text="No blank.", message=" ")
+    for function in (page._fill, page._revise, page._answer):
+        updates = list(function(values))
+        assert updates and all(update == gr.skip() for each in updates for update in each.values()), function
+    assert page._send(values) == {page.message: gr.skip()}
+
+
+def test_one_thing_is_written_at_a_time(page):
+    values = values_of(page, blank_text="Today Tom has 3 pears and<[MASK]> cups.", message="Sort the numbers: 17 4 9")
+    session = values[page.session]
+    filling = page._fill(values)
+    next(filling), next(filling)
+    assert list(page._send(values)) == [page.message] and not session.waiting  # it stays in its box
+    assert len(list(page._revise(values_of(page, session=session, finished_text="Tom.")))) == 1
+    filling.close()  # the visitor leaves
+    page._send(values)
+    assert list(session.waiting) == ["Sort the numbers: 17 4 9"]
+    list(page._answer(values))
+    assert [turn.content for turn in session.turns] == ["Sort the numbers: 17 4 9", "Sorted: 4 9 17"]
+
+
+def test_the_conversation_that_the_model_is_told_of():
+    from illada.demo.session import Session, Turn
+
+    session = Session()
+    session.turns = [Turn("user", "a"), Turn("assistant", "b", shown="b░c"), Turn("user", "lost", is_answered=False)]
+    told = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert session.conversation("d", True) == [*told, {"role": "user", "content": "d"}]
+    assert session.conversation("d", False) == [{"role": "user", "content": "d"}]
+    assert session.shown_turns() == [("user", "a"), ("assistant", "b░c"), ("user", "lost")]
+
+
+def test_a_fault_of_the_model_keeps_what_was_said(page, monkeypatch):
+    import gradio as gr
+
+    def fail(**arguments):
+        raise RuntimeError("out of memory")
+
+    values = values_of(page, message="Sort the numbers: 17 4 9")
+    page._send(values)
+    monkeypatch.setattr(page.model, "generate", fail)
+    with pytest.raises(gr.Error, match="out of memory"):
+        list(page._answer(values))
+    session = values[page.session]
+    assert session.shown_turns() == [("user", "Sort the numbers: 17 4 9")]
+    assert session.begin("text")  # nothing is left that would be in the way
+
+
+def test_live_tokens_show_nothing_after_the_end(tokenizer):
+    live = LiveTokens(tokenizer, mask_token_id=5, first_column=1, eos_token_ids=[2])
+    tokens = torch.tensor([[0, 40, 5, 2, 41, 5]])
+    step = DenoisingStep(
+        rows=torch.tensor([0]),
+        start=1,
+        end=6,
+        tokens=tokens,
+        proposals=torch.tensor([[40, 42, 2, 41, 43]]),
+        committed=torch.tensor([[True, False, True, True, False]]),
+        confidence=torch.tensor([[0.9, 0.5, 0.9, 0.9, 0.5]]),
+    )
+    assert [token["step"] for token in live(step)] == [1, None, 1]
 
 
 def test_live_tokens_end_as_the_trace(tiny_model):

@@ -42,4 +42,8 @@ def demo(
         footer_links=[],
         theme=THEME,
         css=CSS,
+        quiet=True,  # or else it advertises a public link
+        prevent_thread_lock=True,
     )
+    print(f"The page is at {page.local_url} (Ctrl-C ends it).", flush=True)
+    page.block_thread()

@@ -1,23 +1,23 @@
 """The page: what is on it, and what its buttons do."""
 
 import html
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import gradio as gr
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..denoising import DenoisingStep
-from ..generation_config import CANVASES, PARALLEL_RULES, PRESETS
-from ..remasking import RANKINGS
 from ..text.blanks import encode_with_blanks
+from ..text.checks import check_call
 from ..text.prompts import encode_prompt
 from ..text.trace import trace_tokens
 from . import examples
-from .picture import CSS, denoising_html
+from .picture import CSS, conversation_html, denoising_html
 from .playing import LiveTokens, hide_after, steps_and_output
+from .session import Session, Turn
+from .settings import Settings
 
 __all__ = ["CSS", "THEME", "build_page"]
 
@@ -29,10 +29,7 @@ THEME = gr.themes.Default(
     font_mono=["ui-monospace", "monospace"],
 )
 
-RULE_RANGES = {"confidence_threshold": (1.0, 0.9), "confidence_factor": (4.0, 1.0), "entropy_bound": (4.0, 0.5)}
-"""The largest value on the slider of each parallel rule, and the one that it begins with."""
-
-AS_PRESET = "as the preset"
+UNDECIDED = "░"
 
 
 @contextmanager
@@ -46,82 +43,15 @@ def _errors_on_the_page():
         raise gr.Error(html.escape(" ".join(str(error).split()) or type(error).__name__)) from error
 
 
-class Settings:
-    """The controls of the denoising, and the arguments of `generate` that they stand for."""
-
-    def __init__(self, model):
-        """Places the controls of speed; `place_others` places the rest."""
-        self.device = model.device
-        with gr.Row():
-            self.preset = gr.Radio(list(PRESETS), value="exact", label="Preset, which the others override")
-            self.pause = gr.Slider(0, 1, 0.1, step=0.05, label="Pause, in seconds", elem_id="pause")
-        with gr.Row():
-            self.rule = gr.Dropdown(
-                [AS_PRESET, *PARALLEL_RULES], value=AS_PRESET, label="Rule to commit several a pass"
-            )
-            self.rule_value = gr.Slider(0, 1, 0.9, step=0.01, label="Value of the rule", elem_id="rule-value")
-        self.steps = gr.Slider(0, 128, 0, step=1, label="Steps per block (0: as the preset)", elem_id="steps")
-        self.rule.input(self._rule_slider, self.rule, self.rule_value)
-
-    def place_others(self, model):
-        own, positions = model.generation_config, model.config.max_position_embeddings
-        block_length = own.block_length or 32
-        with gr.Row():
-            self.canvas = gr.Radio(
-                list(CANVASES), value=own.canvas or model.default_canvas, label="Canvas of an answer"
-            )
-            self.remasking = gr.Dropdown(
-                list(RANKINGS), value=own.remasking or "low_confidence", label="Ranking of the masked positions"
-            )
-            self.seed = gr.Number(0, precision=0, label="Seed")
-        with gr.Row():
-            self.block_length = gr.Slider(
-                1, max(128, block_length), block_length, step=1, label="Block length, in tokens"
-            )
-            self.max_new_tokens = gr.Slider(
-                1, positions, own.max_new_tokens or 128, step=1, label="Longest answer, in tokens", elem_id="budget"
-            )
-            self.temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)")
-
-    @staticmethod
-    def _rule_slider(rule: str):
-        maximum, value = RULE_RANGES.get(rule, (1.0, 0.9))
-        return gr.Slider(maximum=maximum, value=value)
-
-    @property
-    def components(self) -> set:
-        return {component for component in vars(self).values() if isinstance(component, gr.components.Component)}
-
-    def arguments(self, values: dict) -> dict:
-        """Those of every denoising, from the components' values."""
-        temperature, rule, steps = values[self.temperature], values[self.rule], values[self.steps]
-        arguments = {
-            "preset": values[self.preset],
-            "block_length": values[self.block_length],
-            "remasking": values[self.remasking],
-            "generator": torch.Generator(self.device).manual_seed(values[self.seed] or 0),
-            "do_sample": temperature > 0,
-        }
-        if temperature > 0:
-            arguments["temperature"] = temperature
-        if steps > 0:
-            arguments["max_denoising_steps"] = steps
-        if rule != AS_PRESET:
-            arguments[rule] = values[self.rule_value]
-        return arguments
-
-    def answer_arguments(self, values: dict) -> dict:
-        """Those of an answer, which has a canvas and a length."""
-        answer = {"canvas": values[self.canvas], "max_new_tokens": values[self.max_new_tokens]}
-        return self.arguments(values) | answer
-
-
 class Page:
     """The components, and the functions behind them; `blocks` is what Gradio serves."""
 
     def __init__(self, model, tokenizer: PreTrainedTokenizerBase, name: str, is_embedded: bool):
         self.model, self.tokenizer = model, tokenizer
+        self.mask_token_id = model.generation_config.mask_token_id
+        self.eos_token_ids = model.generation_config.eos_token_ids
         with gr.Blocks(title="illada", analytics_enabled=False) as self.blocks:
+            self.session = gr.State(Session())
             gr.HTML(_header(model, name, is_embedded))
             with gr.Row():
                 with gr.Column(min_width=400), gr.Tabs():
@@ -131,11 +61,10 @@ class Page:
                         self._build_filling(is_embedded)
                     with gr.Tab("Revise"):
                         self._build_revision(is_embedded)
-                with gr.Column(min_width=400):
+                with gr.Column(min_width=400, elem_classes="player"):
                     self._build_player()
-                    self.settings = Settings(model)
-            with gr.Accordion("More settings", open=False):
-                self.settings.place_others(model)
+            with gr.Accordion("Settings", open=False):
+                self.settings = Settings(model)
             if is_embedded:
                 with gr.Accordion("What the embedded model can do, measured", open=False):
                     gr.Markdown(examples.measured_accuracy())
@@ -143,15 +72,14 @@ class Page:
         self.blocks.queue(default_concurrency_limit=4)
 
     def _build_chat(self, is_embedded: bool):
-        self.chatbot = gr.Chatbot(
-            height=200, show_label=False, render_markdown=False, feedback_options=None, buttons=[], elem_id="chatbot"
-        )
-        self.conversation = gr.State([])
+        self.conversation = gr.HTML(conversation_html([]))
         self.message = gr.Textbox(show_label=False, placeholder="Type a message", submit_btn=True, elem_id="message")
         if is_embedded:
             gr.Examples(examples.prompts(), self.message, label="Messages that training never saw")
-        # The embedded model has learnt single questions and answers.
-        self.remember = gr.Checkbox(not is_embedded, label="Send the conversation so far with each message")
+        with gr.Row():
+            # The embedded model has learnt single questions and answers.
+            self.remember = gr.Checkbox(not is_embedded, label="Send the conversation so far with each message")
+            self.clear = gr.Button("Clear the conversation", size="sm", elem_id="clear")
 
     def _build_filling(self, is_embedded: bool):
         texts = examples.texts_with_blanks(self.tokenizer) if is_embedded else []
@@ -190,119 +118,205 @@ class Page:
         with gr.Row():
             self.again = gr.Button("Play again", size="sm", elem_id="again")
             self.stop = gr.Button("Stop", size="sm", elem_id="stop")
-        self.record = gr.State(([], 0))  # the last text's tokens, and its number of forward passes
+        self.pause = gr.Slider(0, 1, 0.1, step=0.05, label="Pause after each pass, in seconds", elem_id="pause")
 
     def _connect(self):
-        player = [self.picture, self.step, self.record]
-        settings = self.settings.components
-        runs = [
-            self.message.submit(
-                self._answer,
-                {self.message, self.conversation, self.remember, *settings},
-                [self.chatbot, self.conversation, self.message, *player],
-                show_progress="hidden",
-            ),
-            self.fill.click(
-                self._fill, {self.blank_text, *settings}, [self.filled_text, *player], show_progress="hidden"
-            ),
-            self.revise.click(
-                self._revise,
-                {self.finished_text, self.threshold, self.rounds, *settings},
-                [self.revised_text, *player],
-                show_progress="hidden",
-            ),
-            self.again.click(
-                self._replay, [self.record, self.settings.pause], [self.picture, self.step], show_progress="hidden"
-            ),
-        ]
-        self.stop.click(None, cancels=runs)
-        self.step.release(self._show, [self.record, self.step], self.picture, show_progress="hidden")
-        self.chatbot.clear(list, None, self.conversation)
-        self.blank_text.select(_selection, None, self.selection, show_progress="hidden")
-        self.blank_out.click(
-            self._blank_out, [self.blank_text, self.selection], self.blank_text, show_progress="hidden"
+        player = [self.picture, self.step]
+        common = {self.session, self.pause, *self.settings.components}
+        quiet = {"show_progress": "hidden"}
+        sent = self.message.submit(
+            self._send,
+            {self.message, self.remember, *common},
+            [self.message, self.conversation],
+            trigger_mode="multiple",
+            concurrency_limit=None,  # not `queue=False`, which would swallow warnings
+            **quiet,
         )
+        sent.then(
+            self._answer, {self.remember, *common}, [self.conversation, *player], trigger_mode="multiple", **quiet
+        )
+        self.fill.click(self._fill, {self.blank_text, *common}, [self.filled_text, *player], **quiet)
+        texts = {self.finished_text, self.threshold, self.rounds}
+        self.revise.click(self._revise, {*texts, *common}, [self.revised_text, *player], **quiet)
+        self.again.click(self._replay, {self.session, self.pause}, player, **quiet)
+        self.stop.click(self._stop, self.session, None, queue=False, **quiet)
+        self.step.release(self._show, [self.session, self.step], self.picture, **quiet)
+        self.clear.click(self._clear, self.session, self.conversation, queue=False, **quiet)
+        self.blank_text.select(_selection, None, self.selection, **quiet)
+        self.blank_out.click(self._blank_out, [self.blank_text, self.selection], self.blank_text, **quiet)
+
+    def _send(self, values: dict) -> dict:
+        """Takes the message out of its box, if it can be answered."""
+        session, message = values[self.session], values[self.message].strip()
+        with _errors_on_the_page():
+            if not message:
+                raise ValueError("The message must hold some text.")
+            input_ids = encode_prompt(self.tokenizer, session.conversation(message, values[self.remember]))
+            check_call(self.model, input_ids, self.settings.answer_arguments(values))
+            session.send(message)
+            return {self.message: "", self.conversation: conversation_html(session.shown_turns())}
+        return self._nothing_new(self.message)
 
     def _answer(self, values: dict) -> Iterator[dict]:
-        with _errors_on_the_page():
-            if not (message := values[self.message].strip()):
-                raise ValueError("The message must hold some text.")
-            conversation = [*values[self.conversation], {"role": "user", "content": message}]
-            input_ids = encode_prompt(self.tokenizer, conversation if values[self.remember] else conversation[-1:])
-            live = LiveTokens(self.tokenizer, self.model.generation_config.mask_token_id, len(input_ids))
+        """Answers the messages that wait, one after another."""
+        yield self._nothing_new(self.conversation)
+        session = values[self.session]
+        if not session.begin("answer"):
+            return  # the answer that is being written goes on with what waits
+        try:
+            while (message := session.next_message()) is not None:
+                with _errors_on_the_page():
+                    yield from self._answer_one(session, message, values)
+                yield {self.conversation: conversation_html(session.shown_turns())}
+        except BaseException:  # the visitor has left, or the model failed
+            session.end()
+            raise
 
-            def show(tokens: list[dict]) -> dict:
-                draft = "".join(token["text"] if token["step"] else "░" for token in tokens)
-                return {self.message: "", self.chatbot: [*conversation, {"role": "assistant", "content": draft}]}
+    def _answer_one(self, session: Session, message: str, values: dict) -> Iterator[dict]:
+        messages = session.conversation(message, values[self.remember])
+        turn = Turn("user", message, is_answered=False)
+        session.turns.append(turn)
+        session.stopped.clear()
+        session.draft = ""
+        try:
+            input_ids = encode_prompt(self.tokenizer, messages)
+            live = LiveTokens(self.tokenizer, self.mask_token_id, len(input_ids), self.eos_token_ids)
 
-            arguments = self.settings.answer_arguments(values)
+            def show(step: DenoisingStep) -> dict:
+                session.draft = self._draft(step.tokens[0, len(input_ids) :].tolist())
+                return {self.conversation: conversation_html(session.shown_turns())}
+
+            arguments = self._settings(self.settings.answer_arguments(values), values)
             output = yield from self._denoise(self.model.generate, input_ids, live, show, values, arguments)
-            answer = self.tokenizer.decode(output.sequences[0, len(input_ids) :], skip_special_tokens=True).strip()
-            conversation.append({"role": "assistant", "content": answer})
-            tokens = trace_tokens(self.tokenizer, output, len(input_ids))
-            shown = {self.message: "", self.chatbot: conversation, self.conversation: conversation}
-            yield shown | self._finished(tokens, int(output.num_forward_passes[0]))
+            if output is None:
+                answer = Turn("assistant", session.draft.partition(UNDECIDED)[0], session.draft)
+                turn.is_answered = bool(answer.content)
+            else:
+                text = self.tokenizer.decode(output.sequences[0, len(input_ids) :], skip_special_tokens=True)
+                answer, turn.is_answered = Turn("assistant", text.strip()), True
+                live.tokens = trace_tokens(self.tokenizer, output, len(input_ids))
+            answer.is_answered = turn.is_answered
+            session.turns.append(answer)
+        finally:
+            session.draft = None
+        yield self._finished(session, live.tokens, live.num_steps)
 
     def _fill(self, values: dict) -> Iterator[dict]:
-        with _errors_on_the_page():
-            mask_token_id = self.model.generation_config.mask_token_id
-            input_ids = encode_with_blanks(self.tokenizer, values[self.blank_text], mask_token_id)
-            live = LiveTokens(self.tokenizer, mask_token_id, self._first_column(input_ids))
-            arguments = {**self.settings.arguments(values), "max_new_tokens": 0}
+        yield self._nothing_new(self.filled_text)
+        with _errors_on_the_page(), self._alone(values):
+            input_ids = encode_with_blanks(self.tokenizer, values[self.blank_text], self.mask_token_id)
+            live = LiveTokens(self.tokenizer, self.mask_token_id, self._first_column(input_ids))
+            arguments = self._settings(self.settings.arguments(values), values) | {"max_new_tokens": 0}
             output = yield from self._denoise(self.model.generate, input_ids, live, _nothing_more, values, arguments)
-            tokens = trace_tokens(self.tokenizer, output, live.first_column)
-            text = self.tokenizer.decode(output.sequences[0], skip_special_tokens=True)
-            yield {self.filled_text: text} | self._finished(tokens, int(output.num_forward_passes[0]))
+            shown = {}
+            if output is not None:
+                live.tokens = trace_tokens(self.tokenizer, output, live.first_column)
+                shown[self.filled_text] = self.tokenizer.decode(output.sequences[0], skip_special_tokens=True)
+            yield shown | self._finished(values[self.session], live.tokens, live.num_steps)
 
     def _revise(self, values: dict) -> Iterator[dict]:
-        with _errors_on_the_page():
+        yield self._nothing_new(self.revised_text)
+        with _errors_on_the_page(), self._alone(values):
             if not values[self.finished_text].strip():
                 raise ValueError("The text must hold something to revise.")
             input_ids = self.tokenizer(values[self.finished_text])["input_ids"]
-            live = LiveTokens(
-                self.tokenizer, self.model.generation_config.mask_token_id, self._first_column(input_ids)
-            )
+            live = LiveTokens(self.tokenizer, self.mask_token_id, self._first_column(input_ids))
             choice = {"threshold": values[self.threshold], "num_rounds": values[self.rounds]}
-            arguments = self.settings.arguments(values) | choice
+            arguments = self._settings(self.settings.arguments(values), values) | choice
             output = yield from self._denoise(self.model.revise, input_ids, live, _nothing_more, values, arguments)
-            tokens = live.finished(output.sequences[0].tolist())
-            for column, token in enumerate(tokens, start=live.first_column):
-                if output.changed[0, column]:
-                    token["was"] = self.tokenizer.decode(input_ids[column])
-                if not token["step"] and not output.confidences[0, column].isnan():
-                    token["confidence"] = float(output.confidences[0, column])
-            text = self.tokenizer.decode(output.sequences[0], skip_special_tokens=True)
-            yield {self.revised_text: text} | self._finished(tokens, live.num_steps)
+            shown = {}
+            if output is not None:
+                live.tokens = self._compared(live, input_ids, output)
+                shown[self.revised_text] = self.tokenizer.decode(output.sequences[0], skip_special_tokens=True)
+            yield shown | self._finished(values[self.session], live.tokens, live.num_steps)
+
+    def _compared(self, live: LiveTokens, input_ids: list[int], output) -> list[dict]:
+        """The tokens of a revision, with what each replaced, and how likely those are that stayed."""
+        tokens = live.finished(output.sequences[0].tolist())
+        for column, token in enumerate(tokens, start=live.first_column):
+            if output.changed[0, column]:
+                token["was"] = self.tokenizer.decode(input_ids[column])
+            if not token["step"] and not output.confidences[0, column].isnan():
+                token["confidence"] = float(output.confidences[0, column])
+        return tokens
+
+    @contextmanager
+    def _alone(self, values: dict):
+        """Refuses to begin while something is written; Stop is for what is written here."""
+        session = values[self.session]
+        if not session.begin("text"):
+            raise ValueError("Something else is being written: wait for it, or stop it.")
+        try:
+            yield
+        finally:
+            session.end()
+
+    def _settings(self, arguments: dict, values: dict) -> dict:
+        return arguments | {"generator": self.settings.generator(values)}
 
     def _denoise(
         self, call: Callable, input_ids: list[int], live: LiveTokens, show: Callable, values: dict, arguments: dict
     ) -> Iterator[dict]:
-        """Yields the picture and `show(tokens)` after each step; returns what `call` returns."""
+        """Yields the picture and `show(step)` after each step; returns what `call` returns, or None if stopped."""
         if call == self.model.generate:
             arguments = {**arguments, "return_dict_in_generate": True, "output_trace": True}
         inputs = torch.tensor([input_ids], device=self.model.device)
-        for item in steps_and_output(call, input_ids=inputs, **arguments):
-            if not isinstance(item, DenoisingStep):
-                return item
-            tokens = live(item)
-            yield {self.picture: denoising_html(tokens, live.num_steps), **show(tokens)}
-            time.sleep(values[self.settings.pause])
+        session = values[self.session]
+        with closing(steps_and_output(call, input_ids=inputs, **arguments)) as steps:
+            for item in steps:
+                if not isinstance(item, DenoisingStep):
+                    return item
+                picture = denoising_html(live(item), live.num_steps)
+                slider = gr.Slider(maximum=live.num_steps, value=live.num_steps)
+                yield {self.picture: picture, self.step: slider, **show(item)}
+                if session.stopped.wait(values[self.pause]):
+                    return None
 
-    def _finished(self, tokens: list[dict], num_passes: int) -> dict:
+    def _draft(self, token_ids: list[int]) -> str:
+        """What is decided of an answer, up to its end."""
+        text, run = "", []
+        for token_id in token_ids:
+            if token_id in self.eos_token_ids:
+                break
+            if token_id == self.mask_token_id:
+                text, run = text + self._decode(run) + UNDECIDED, []
+            else:
+                run.append(token_id)
+        return text + self._decode(run)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def _nothing_new(self, component) -> dict:
+        """A generator that yields nothing would empty its outputs."""
+        return {component: gr.skip()}
+
+    def _finished(self, session: Session, tokens: list[dict], num_passes: int) -> dict:
+        session.record = (tokens, num_passes)
         return {
             self.picture: denoising_html(tokens, num_passes, num_passes),
             self.step: gr.Slider(maximum=max(num_passes, 1), value=num_passes),
-            self.record: (tokens, num_passes),
         }
 
-    def _show(self, record: tuple[list[dict], int], step: int) -> str:
-        tokens, num_passes = record
+    def _show(self, session: Session, step: int) -> str:
+        tokens, num_passes = session.record
         return denoising_html(hide_after(tokens, step), step, num_passes)
 
-    def _replay(self, record: tuple[list[dict], int], pause: float) -> Iterator[tuple[str, int]]:
-        for step in range(record[1] + 1):
-            yield self._show(record, step), step
-            time.sleep(pause)
+    def _replay(self, values: dict) -> Iterator[dict]:
+        yield self._nothing_new(self.picture)
+        session = values[self.session]
+        with _errors_on_the_page(), self._alone(values):
+            for step in range(session.record[1] + 1):
+                yield {self.picture: self._show(session, step), self.step: step}
+                if session.stopped.wait(values[self.pause]):
+                    break
+
+    def _stop(self, session: Session):
+        session.stopped.set()
+
+    def _clear(self, session: Session) -> str:
+        session.turns.clear()
+        return conversation_html(session.shown_turns())
 
     def _first_column(self, input_ids: list[int]) -> int:
         """Where a text begins to be shown: after its BOS."""
@@ -321,7 +335,7 @@ class Page:
         return text
 
 
-def _nothing_more(tokens: list[dict]) -> dict:
+def _nothing_more(step: DenoisingStep) -> dict:
     return {}
 
 

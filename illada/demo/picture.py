@@ -7,6 +7,15 @@ CSS = """
 .html-container { padding: 0 !important; }
 .header h1 { font-size: 1.7rem; font-weight: 700; margin: 0; }
 .header p { margin: .2rem 0 .4rem; line-height: 1.5; }
+.conversation { height: 220px; overflow-y: auto; display: flex; flex-direction: column-reverse; border-radius: 10px;
+  background: var(--block-background-fill); border: 1px solid var(--border-color-primary); }
+.conversation > div { display: flex; flex-direction: column; gap: .5rem; padding: .8rem; }
+.conversation > div:empty::before { content: "The conversation appears here."; color: var(--body-text-color-subdued); }
+.message { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 85%; padding: .35rem .8rem; border-radius: 10px;
+  border: 1px solid var(--border-color-primary); }
+.message.user { align-self: flex-end; background: var(--color-accent-soft); }
+.message.assistant { align-self: flex-start; }
+@media (max-width: 860px) { .player { order: -1; } }  /* on a phone the denoising is seen while it happens */
 .figures { display: flex; gap: .6rem; margin-bottom: .6rem; }
 .figure { flex: 1; display: flex; flex-direction: column; padding: .4rem .9rem; border-radius: 10px;
   background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
@@ -46,6 +55,12 @@ def confidence_colour(confidence: float) -> str:
 def step_colour(step: int, num_steps: int) -> str:
     """From light violet for the first forward pass to dark violet for the last."""
     return f"hsl(262, 60%, {82 - 47 * step / max(num_steps, 1):.0f}%)"
+
+
+def conversation_html(turns: list[tuple[str, str]]) -> str:
+    """The messages: role and text of each. Text is shown as it is, whatever it looks like in HTML."""
+    messages = "".join(f'<div class="message {role}">{html.escape(text)}</div>' for role, text in turns)
+    return f'<div class="conversation" id="conversation" aria-live="polite"><div>{messages}</div></div>'
 
 
 def denoising_html(tokens: list[dict], step: int, num_steps: int | None = None) -> str:

@@ -4,7 +4,7 @@ A token is a dict of `text`, `step` (the forward pass that committed it, 0 if it
 and `confidence` (None if there is none). The text of an undecided token is the current guess, or empty.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from threading import Event
@@ -51,11 +51,20 @@ class LiveTokens:
 
     Args:
         first_column: the first token to show.
+        eos_token_ids: of an answer: what stands after the first of them that is decided will not be part of it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, mask_token_id: int, first_column: int):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        mask_token_id: int,
+        first_column: int,
+        eos_token_ids: Sequence[int] = (),
+    ):
         self.tokenizer, self.mask_token_id, self.first_column = tokenizer, mask_token_id, first_column
+        self.eos_token_ids = eos_token_ids
         self.num_steps = 0
+        self.tokens: list[dict] = []  # as they were shown last
         self.commits: dict[int, tuple[int, float]] = {}  # column: step and confidence
 
     def __call__(self, step: DenoisingStep) -> list[dict]:
@@ -64,13 +73,16 @@ class LiveTokens:
         for column in (step.committed[0].nonzero().squeeze(-1) + step.start).tolist():
             self.commits[column] = (self.num_steps, confidences[column])
         guesses = dict(enumerate(step.proposals[0].tolist(), start=step.start))
-        tokens = self.finished(step.tokens[0].tolist())
+        ids = step.tokens[0].tolist()
+        ends = (column + 1 for column in range(self.first_column, len(ids)) if ids[column] in self.eos_token_ids)
+        tokens = self.finished(ids[: next(ends, None)])
         for column, token in enumerate(tokens, start=self.first_column):
             if step.tokens[0, column] == self.mask_token_id:
                 guess = guesses.get(column, self.mask_token_id)
                 is_guessed = guess != self.mask_token_id
                 token["text"] = self.tokenizer.decode(guess) if is_guessed else ""
                 token["step"], token["confidence"] = None, confidences[column] if is_guessed else None
+        self.tokens = tokens
         return tokens
 
     def finished(self, input_ids: list[int]) -> list[dict]:

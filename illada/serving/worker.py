@@ -11,7 +11,7 @@ import torch
 from ..denoising import DenoisingStep
 from ..generation import MaskedDiffusionGenerationMixin
 from ..generation_config import MaskedDiffusionGenerationConfig
-from ..prompts import prepare_max_new_tokens, prepare_prompts
+from ..text.checks import check_call
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +96,7 @@ class Worker:
         Raises:
             ValueError: names the setting, its value and what is allowed.
         """
-        config = self.model._prepare_settings(None, dict(request.settings))
-        input_ids = torch.tensor([request.input_ids], dtype=torch.long)
-        input_ids, mask = prepare_prompts(input_ids, torch.ones_like(input_ids), config, self.model.config.vocab_size)
-        prepare_max_new_tokens(input_ids, mask, config, self.model.config.max_position_embeddings)
+        check_call(self.model, request.input_ids, request.settings)
 
     def submit(self, requests: list[TextRequest]):
         """Queues all of the requests, or none.
