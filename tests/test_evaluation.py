@@ -451,8 +451,11 @@ GOOD = ([6, 7], [8, 6])
         ([GOOD, ([6], [-1])], {}, r"`pairs\[1\]` has a token id outside"),
         ([([6], [7] * 64)], {}, r"`pairs\[0\]` takes 65 tokens \(1 of context, 64 of candidate"),
         ([([6], [7] * 62)], {"append_eos": True, "add_bos": True}, "2 of BOS and EOS.*more than the model's 64"),
-        ([GOOD], {"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
-        ([GOOD], {"guidance_scale": -1.0}, "`guidance_scale` must be at least 0, got -1.0"),
+        ([GOOD], {"batch_size": 2.0}, "`batch_size` must be an integer of at least 1, got 2.0"),
+        ([GOOD], {"guidance_scale": math.inf}, "`guidance_scale` must be a number of at least 0, got inf"),
+        ([GOOD], {"guidance_scale": "2"}, "`guidance_scale` must be a number of at least 0, got '2'"),
+        ([GOOD], {"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
+        ([GOOD], {"guidance_scale": -1.0}, "`guidance_scale` must be a number of at least 0, got -1.0"),
         ([GOOD], {"bos_token_id": 9}, "token id outside the vocabulary"),
     ],
 )
@@ -466,7 +469,8 @@ def test_errors_come_before_the_first_forward(model, count_rows, score, pairs, s
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_samples": 0}, "`num_samples` must be at least 1, got 0"),
+        ({"num_samples": 1.5}, "`num_samples` must be an integer of at least 1, got 1.5"),
+        ({"num_samples": 0}, "`num_samples` must be an integer of at least 1, got 0"),
         ({"num_samples": 3, "sampling": "antithetic"}, "`num_samples` must be even for antithetic sampling, got 3"),
         ({"sampling": "uniform"}, "`sampling` must be one of 'auto', .*got 'uniform'"),
         ({"sampling": "exact"}, "candidates of at most 16 tokens, got one of 17"),

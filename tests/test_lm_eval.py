@@ -350,15 +350,59 @@ def test_an_empty_context_is_the_prefix_token(model, tokenizer, harness_model):
     [
         ({"mask_id": 5}, r"unknown arguments \['mask_id'\]: it takes pretrained, score, num_samples"),
         ({"score": "loss"}, "`score` must be one of 'likelihood', 'confidence', got 'loss'"),
-        ({"num_samples": 0}, "`num_samples` must be at least 1, got 0"),
+        ({"num_samples": 0}, "`num_samples` must be an integer of at least 1, got 0"),
         ({"sampling": "uniform"}, "`sampling` must be one of 'auto'"),
-        ({"guidance_scale": -1.0}, "`guidance_scale` must be at least 0, got -1.0"),
+        ({"guidance_scale": -1.0}, "`guidance_scale` must be a number of at least 0, got -1.0"),
+        ({"num_samples": "many"}, "`num_samples` must be an integer of at least 1, got 'many'"),
+        ({"guidance_scale": "two"}, "`guidance_scale` must be a number of at least 0, got 'two'"),
+        ({"append_eos": "no"}, "`append_eos` must be True or False, got 'no'"),
+        ({"check_greedy": 0}, "`check_greedy` must be True or False, got 0"),
+        ({"add_bos_token": "yes"}, "`add_bos_token` must be True or False, got 'yes'"),
+        ({"softmax_dtype": "float16"}, "`softmax_dtype` has no effect .*got 'float16': scores are taken in fp32"),
+        ({"logits_cache": True}, "`logits_cache` has no effect .*got True"),
+        ({"batch_size": 0}, "`batch_size` must be a positive integer or 'auto', got 0"),
+        ({"batch_size": "eight"}, "`batch_size` must be a positive integer or 'auto', got 'eight'"),
+        ({"batch_size": "auto:4"}, "`batch_size` must be a positive integer or 'auto', got 'auto:4'"),
+        ({"max_batch_size": 0}, "`max_batch_size` must be an integer of at least 1, got 0"),
+        ({"device": "gpu"}, "`device` must be a device of torch's, such as cpu, .*got 'gpu'"),
+        ({"device": "cuda:99"}, "`device` must be one that torch finds, got 'cuda:99'"),
         ({"backend": "seq2seq"}, "`backend` must be 'causal'.*got 'seq2seq'"),
     ],
 )
 def test_model_arguments_are_checked_before_anything_is_loaded(arguments, message):
     with pytest.raises(ValueError, match=message):
         MaskedDiffusionLM("no/such/checkpoint", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "bfloat16"}, "`dtype` is for loading a checkpoint: `pretrained` is a model that is loaded already"),
+        ({"peft": "folder"}, "`peft` is for loading a checkpoint"),
+        ({"device": "mps"}, "`device` must be that of the model, cpu, got 'mps'"),
+        ({"max_length": 513}, r"`max_length` must be in \[2, 512\], the model's positions, got 513"),
+    ],
+)
+def test_arguments_that_a_loaded_model_would_ignore_are_refused(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MaskedDiffusionLM(model, **arguments)
+
+
+def test_a_checkpoint_that_lacks_weights_is_an_error_naming_them(model, tokenizer, tmp_path):
+    """Transformers would initialise them at random and go on."""
+    weights = {name: tensor for name, tensor in model.state_dict().items() if "layers.1.mlp.up_proj" not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj.weight"):
+        MaskedDiffusionLM(str(tmp_path), device="cpu")
+
+
+def test_the_embedded_model_is_not_taken_in_silence(caplog):
+    MaskedDiffusionLM(device="cpu")
+    assert "`pretrained` is not given: the embedded model is evaluated." in caplog.text
+    caplog.clear()
+    MaskedDiffusionLM(EMBEDDED_MODEL, device="cpu")
+    assert "pretrained" not in caplog.text
 
 
 def test_requests_that_cannot_be_scored_are_refused(harness_model):
@@ -368,13 +412,47 @@ def test_requests_that_cannot_be_scored_are_refused(harness_model):
         harness_model._loglikelihood_tokens([(("", ""), [7], [8] * 600)])
     with pytest.raises(ValueError, match="has no tokens besides those of its context"):
         harness_model._loglikelihood_tokens([(("a", "b"), [7], [])])
-    with pytest.raises(ValueError, match="`max_gen_toks` must be below the model's 512 positions.*got 512"):
-        harness_model.generate_until([request("generate_until", "Tom", {"max_gen_toks": 512})])
 
 
-def test_unknown_generation_arguments_are_refused(harness_model):
-    with pytest.raises(ValueError, match="unknown arguments .*'num_steps'"):
-        harness_model.generate_until([request("generate_until", "Tom", {"max_gen_toks": 8, "num_steps": 3})])
+@pytest.mark.parametrize(
+    ("gen_kwargs", "message"),
+    [
+        ({"max_gen_toks": 512}, "`max_gen_toks` must be below the model's 512 positions.*got 512 in `gen_kwargs` of"),
+        ({"max_gen_toks": -1}, "`max_gen_toks` must be .*not negative, got -1"),
+        ({"num_steps": 3}, r"unknown arguments .*'num_steps'.*\(Given in `gen_kwargs` of task 'a_task'.\)"),
+        ({"block_length": 0}, "`block_length` must be .*got 0.*of task 'a_task'"),
+        ({"do_sample": True, "temperature": 0.0}, "`temperature` must be positive.*0.0.*of task 'a_task'"),
+        ({"until": ["x", ""]}, r"`until` must be texts that are not empty, got \['x', ''\] in `gen_kwargs` of task"),
+        ({"until": None}, "`until` must be texts"),
+        ({"until": ["."], "infill": True}, r"`until` must be empty with `infill`, got \['.'\]"),
+        ({"infill": "yes"}, "`infill` must be True or False, got 'yes'"),
+        ({"num_return_sequences": 2}, "`num_return_sequences` cannot be set in .*got 2: use `repeats` of the task"),
+        ({"stop_strings": ["."]}, "`stop_strings` cannot be set .*: use `until`"),
+        ({"max_length": 64}, "`max_length` cannot be set .*: use `max_gen_toks`"),
+        ({"return_dict_in_generate": True}, "`return_dict_in_generate` cannot be set"),
+    ],
+    ids=str,
+)
+def test_generation_arguments_are_checked_before_work_begins(harness_model, monkeypatch, gen_kwargs, message):
+    """The bad ones are the second request's: the first is not begun."""
+    monkeypatch.setattr(harness_model.model, "generate", lambda **arguments: pytest.fail("work has begun"))
+    requests = [request("generate_until", "Tom", {"max_gen_toks": 8, **extra}) for extra in ({}, gen_kwargs)]
+    with pytest.raises(ValueError, match=message):
+        harness_model.generate_until(requests)
+
+
+def test_the_context_is_not_searched_for_a_stop_string(harness_model):
+    """One that begins in the context and ends in the answer does not cut it: here the last and the first character."""
+    context = "Tom has 3"
+    (answer,) = harness_model.generate_until([request("generate_until", context, {"max_gen_toks": 12})])
+    until = [context[-1] + answer[0], context[-2:] + answer[:2]]
+    assert len(answer) > 2 and not any(text in answer for text in until)
+    arguments = {"max_gen_toks": 12, "until": until}
+    assert harness_model.generate_until([request("generate_until", context, arguments)]) == [answer]
+
+
+def test_an_automatic_batch_size_has_a_bound_where_the_command_gives_none(model):
+    assert MaskedDiffusionLM(model, batch_size="auto", max_batch_size=None).max_batch_size == 64
 
 
 # --- the presets and the command ---
@@ -513,6 +591,19 @@ def test_the_command_says_what_is_missing_without_the_harness(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
     with pytest.raises(ValueError, match=r"needs lm-eval: pip install 'illada\[eval\]'"):
         invoke("--tasks", "illada_choice")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--limt", "2"], "`illada eval` cannot read its arguments: unrecognized arguments: --limt 2 "),
+        (["--num_fewshot", "two"], "argument --num_fewshot/-f: invalid int value: 'two'|--num_fewshot.*'two'"),
+    ],
+)
+def test_the_command_refuses_what_the_harness_does_not_know_in_one_sentence(capfd, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        invoke("--preset", "tiny-chat", *arguments)
+    assert capfd.readouterr().err == ""
 
 
 def test_the_command_has_help():

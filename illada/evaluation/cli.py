@@ -1,5 +1,9 @@
 """`illada eval`: lm-eval with the model `illada`, the offline tasks and the published presets."""
 
+import argparse
+import contextlib
+import io
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -43,16 +47,31 @@ def run_harness(arguments: list[str]):
     module is the registration.
 
     Raises:
-        ValueError: if lm-eval is not installed.
+        ValueError: if lm-eval is not installed, or does not know an argument.
     """
     try:
-        from lm_eval.__main__ import cli_evaluate
+        from lm_eval.__main__ import HarnessCLI, setup_logging
     except ModuleNotFoundError as error:
         raise ValueError(f"`illada eval` needs lm-eval: pip install 'illada[eval]' ({error}).") from error
     from . import harness  # noqa: F401
 
     command_line, sys.argv = sys.argv, ["lm-eval", "run", *arguments]
     try:
-        cli_evaluate()
+        setup_logging(logging.WARNING)  # LMEVAL_LOG_LEVEL=INFO brings the rest back
+        command = HarnessCLI()
+        command.execute(_parse(command))
     finally:
         sys.argv = command_line
+
+
+def _parse(command) -> argparse.Namespace:
+    """The harness's parser on `sys.argv`, with one sentence instead of its usage lines."""
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            return command.parse_args()
+        except SystemExit as error:
+            if error.code != 2:
+                raise
+            reason = errors.getvalue().strip().rpartition("error: ")[2]
+            message = f"`illada eval` cannot read its arguments: {reason} (see `lm-eval run --help`)."
+            raise ValueError(message) from None

@@ -5,10 +5,9 @@ inherited. Importing this module registers the model; `illada eval` does that an
 """
 
 import contextlib
-import inspect
 import logging
 from collections.abc import Iterator
-from typing import Literal, get_args
+from pathlib import Path
 
 import torch
 from lm_eval.api.instance import Instance
@@ -18,22 +17,23 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..conversion.loading import load_whole_model
 from ..tiny import EMBEDDED_MODEL
 from .confidence import confidence_score, is_greedy
-from .likelihood import Sampling, check_sampling, monte_carlo_log_likelihood, rolling_log_likelihood
-from .pairs import check_forward_settings, check_model
+from .harness_arguments import Score, check_generation_arguments, check_model_arguments
+from .likelihood import Sampling, monte_carlo_log_likelihood, rolling_log_likelihood
+from .pairs import check_model
 
 logger = logging.getLogger(__name__)
 
-Score = Literal["likelihood", "confidence"]
 END_OF_THINKING = "</think>"
 CHUNK_BATCHES = 4  # requests scored between two writes to the cache, in batches: several keep every batch full
 
-LOADING_ARGUMENTS = frozenset(
-    "attn_implementation cache_dir device_map distributed_config local_files_only quantization_config token "
-    "use_safetensors variant".split()
-)
-"""Arguments of `from_pretrained` that may be given besides those of `HFLM`."""
+
+class WholeCheckpoint:
+    """What `HFLM` loads a model with, in place of an Auto class."""
+
+    from_pretrained = staticmethod(load_whole_model)
 
 
 @register_model("illada")
@@ -41,7 +41,8 @@ class MaskedDiffusionLM(HFLM):
     """lm-eval's adapter to a masked diffusion model.
 
     Args:
-        pretrained (`str` or `PreTrainedModel`, defaults to the embedded checkpoint): as in `HFLM`.
+        pretrained (`str` or `PreTrainedModel`, *optional*):
+            As in `HFLM`; the embedded model, with a warning, if absent. Weights that a checkpoint lacks are an error.
         score (`str`, defaults to `"likelihood"`):
             What `loglikelihood` returns: the Monte-Carlo bound of [`monte_carlo_log_likelihood`], or the score of
             [`confidence_score`], with `"confidence"`. Both in nats; `loglikelihood_rolling` is always the bound.
@@ -62,9 +63,11 @@ class MaskedDiffusionLM(HFLM):
         ValueError: for an unknown argument or a value that is not allowed, before anything is loaded.
     """
 
+    AUTO_MODEL_CLASS = WholeCheckpoint
+
     def __init__(
         self,
-        pretrained: str | PreTrainedModel = str(EMBEDDED_MODEL),
+        pretrained: str | Path | PreTrainedModel | None = None,
         *,
         score: Score = "likelihood",
         num_samples: int = 128,
@@ -75,22 +78,23 @@ class MaskedDiffusionLM(HFLM):
         device: str | None = None,
         **kwargs,
     ):
-        known = {*inspect.signature(HFLM.__init__).parameters, *LOADING_ARGUMENTS}
-        own = [name for name in inspect.signature(type(self).__init__).parameters if name not in ("self", "kwargs")]
-        unknown = sorted(set(kwargs) - known)
-        if unknown:
-            raise ValueError(
-                f"The lm-eval model `illada` got unknown arguments {unknown}: it takes {', '.join(own)}, the "
-                f"arguments of lm-eval's `hf`, and {', '.join(sorted(LOADING_ARGUMENTS))}."
-            )
-        if score not in get_args(Score):
-            raise ValueError(f"`score` must be one of {', '.join(map(repr, get_args(Score)))}, got {score!r}.")
-        if kwargs.setdefault("backend", "causal") != "causal":
-            raise ValueError(
-                f"`backend` must be 'causal', the harness's name for one sequence, got {kwargs['backend']!r}."
-            )
-        check_forward_settings(1, guidance_scale)
-        check_sampling(num_samples, sampling)
+        own = {
+            "score": score,
+            "num_samples": num_samples,
+            "sampling": sampling,
+            "append_eos": append_eos,
+            "check_greedy": check_greedy,
+            "guidance_scale": guidance_scale,
+            "device": device,
+        }
+        check_model_arguments(pretrained, own, kwargs)
+        if pretrained is None:
+            logger.warning("`pretrained` is not given: the embedded model is evaluated.")
+        if not isinstance(pretrained, torch.nn.Module):
+            pretrained = str(EMBEDDED_MODEL if pretrained is None else pretrained)
+        kwargs.setdefault("backend", "causal")
+        if kwargs.get("max_batch_size") is None:  # as lm-eval's command hands it on
+            kwargs.pop("max_batch_size", None)
         self.score = score
         self.append_eos = append_eos
         self.check_greedy = check_greedy
@@ -102,6 +106,8 @@ class MaskedDiffusionLM(HFLM):
             # HFLM sets these for GPUs alone.
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         check_model(self.model)
+        if not 2 <= self.max_length <= (limit := self.model.config.max_position_embeddings):
+            raise ValueError(f"`max_length` must be in [2, {limit}], the model's positions, got {self.max_length}.")
         if self.add_bos_token and self.tokenizer.bos_token_id is None:
             raise ValueError("`add_bos_token` is True, but the tokenizer has no BOS.")
 
@@ -210,14 +216,23 @@ class MaskedDiffusionLM(HFLM):
           With `max_gen_toks=0` nothing is appended.
         - `end_think_boost` without `end_think_token_ids`: those of "</think>".
         """
+        checked: list[tuple[str, dict]] = []
         for request in requests:
-            max_gen_toks = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
-            if max_gen_toks >= self.max_length:
-                raise ValueError(
-                    f"`max_gen_toks` must be below the model's {self.max_length} positions (`max_length`), got "
-                    f"{max_gen_toks} in task {request.task_name!r}."
-                )
+            task, gen_kwargs = request.task_name, request.args[1]
+            if (task, gen_kwargs) not in checked[-1:]:
+                settings = self._generation_settings(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
+                check_generation_arguments(self.model.generation_config, task, gen_kwargs, settings, self.max_length)
+                checked.append((task, gen_kwargs))
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def _generation_settings(self, gen_kwargs: dict) -> dict:
+        """Arguments of `generate` for those of the harness."""
+        settings = {"guidance_scale": self.guidance_scale, **gen_kwargs}
+        if not settings.get("do_sample"):
+            settings.pop("temperature", None)  # the harness sends 0.0 for greedy decoding
+        if settings.get("end_think_boost") and "end_think_token_ids" not in settings:
+            settings["end_think_token_ids"] = self.tok_encode(END_OF_THINKING, add_special_tokens=False)
+        return settings
 
     def _model_generate(
         self,
@@ -228,12 +243,7 @@ class MaskedDiffusionLM(HFLM):
         **generation_kwargs,
     ) -> torch.LongTensor:
         """Returns context and response (B, S); with `infill` the context as given goes before them."""
-        stop_strings = [text for text in stop if text and text != self.tok_decode(self.eot_token_id, False)]
-        if not generation_kwargs.get("do_sample"):
-            generation_kwargs.pop("temperature", None)  # the harness sends 0.0 for greedy decoding
-        if generation_kwargs.get("end_think_boost") and "end_think_token_ids" not in generation_kwargs:
-            generation_kwargs["end_think_token_ids"] = self.tok_encode(END_OF_THINKING, add_special_tokens=False)
-        generation_kwargs.setdefault("guidance_scale", self.guidance_scale)
+        stop_strings = [text for text in stop if text != self.tok_decode(self.eot_token_id, False)]
         with self._autocast():
             sequences = self.model.generate(
                 input_ids=context,
@@ -241,7 +251,7 @@ class MaskedDiffusionLM(HFLM):
                 stop_strings=stop_strings or None,
                 tokenizer=self.tokenizer,
                 pad_token_id=self.tokenizer.pad_token_id,
-                **generation_kwargs,
+                **self._generation_settings(generation_kwargs),
             )
         return torch.cat([context, sequences], dim=1) if infill else sequences
 

@@ -17,6 +17,7 @@ from .pairs import (
     Pair,
     ScoredText,
     TokenIds,
+    check_count,
     check_forward_settings,
     check_model,
     collate,
@@ -163,8 +164,7 @@ def _monte_carlo(
 
 def check_sampling(num_samples: int, sampling: Sampling):
     """Raises `ValueError` for a number of samples or a way of sampling that is not allowed."""
-    if num_samples < 1:
-        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
+    check_count("num_samples", num_samples)
     if sampling not in get_args(Sampling):
         raise ValueError(f"`sampling` must be one of {', '.join(map(repr, get_args(Sampling)))}, got {sampling!r}.")
     if sampling == "antithetic" and num_samples % 2:

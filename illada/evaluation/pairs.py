@@ -1,7 +1,9 @@
 """(context, candidate) pairs: checked once, sorted by length, padded into batches, and put through the model."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -74,10 +76,16 @@ def check_model(model: PreTrainedModel):
 
 def check_forward_settings(batch_size: int, guidance_scale: float):
     """Raises `ValueError` for a batch size below 1 or a negative guidance scale."""
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    if not guidance_scale >= 0:
-        raise ValueError(f"`guidance_scale` must be at least 0, got {guidance_scale}.")
+    check_count("batch_size", batch_size)
+    is_number = isinstance(guidance_scale, Real) and not isinstance(guidance_scale, bool)
+    if not (is_number and 0 <= guidance_scale < math.inf):
+        raise ValueError(f"`guidance_scale` must be a number of at least 0, got {guidance_scale!r}.")
+
+
+def check_count(name: str, value: int):
+    """Raises `ValueError` for what is no integer of at least 1."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
 
 
 def make_texts(
