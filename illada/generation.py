@@ -28,6 +28,7 @@ from .canvas import Block, Canvas
 from .denoising import Denoiser, DenoisingStep, PositionProcessor
 from .end_of_thinking import EndOfThinkingBoost
 from .generation_config import MaskedDiffusionGenerationConfig
+from .inherited import RefusesWritingFromLeftToRight
 from .prediction import Predictor
 from .prompts import prepare_max_new_tokens, prepare_prompts
 from .remasking import commit_quotas
@@ -58,7 +59,7 @@ class MaskedDiffusionGenerationOutput(ModelOutput):
     commit_confidences: torch.FloatTensor | None = None
 
 
-class MaskedDiffusionGenerationMixin(GenerationMixin):
+class MaskedDiffusionGenerationMixin(RefusesWritingFromLeftToRight, GenerationMixin):
     """`generate` for a model whose `forward` predicts the token of every position, masked ones included."""
 
     default_canvas = "growing"

@@ -31,10 +31,24 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_illada import ILLaDAConfig
 from .generation import MaskedDiffusionGenerationMixin
 from .generation_config import MaskedDiffusionGenerationConfig
+from .inherited import RefusesOtherParts
 
 _CACHE_NAME = (
     "cache" if "cache" in inspect.signature(create_bidirectional_mask).parameters else "past_key_values"
 )  # what Transformers calls a cache in its masks, layers and outputs: the first since 5.24, the second before
+
+_PASSED_ON = {  # arguments of `forward` that the attention backends and Transformers' decorators read
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "use_cache",
+    "kernel_options",
+    "debug_io",
+    "debug_io_dir",
+    "prune_layers",
+}
+_WITHOUT_MEANING = {"token_type_ids"}  # a tokenizer may return them; no embedding reads them
+_OF_FLASH_ATTENTION = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
 class ILLaDAAttention(OlmoAttention):
@@ -77,13 +91,14 @@ def _file_and_name(of_class: type) -> str:
     return f"{of_class.__module__.rpartition('.')[2]}.{of_class.__name__}"
 
 
-class ILLaDAPreTrainedModel(LlamaPreTrainedModel):
+class ILLaDAPreTrainedModel(RefusesOtherParts, LlamaPreTrainedModel):
     """What the trunk and the model with a head share: their configuration and the initialisation of the release."""
 
     config: ILLaDAConfig
     config_class = ILLaDAConfig
     _no_split_modules = ["ILLaDADecoderLayer"]
     _can_record_outputs = {"hidden_states": ILLaDADecoderLayer, "attentions": ILLaDAAttention}
+    _supports_context_parallel = False  # it drops the mask, and can express causal attention only
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -130,6 +145,7 @@ class ILLaDAModel(ILLaDAPreTrainedModel, LlamaModel):
         if cache is not None and past_key_values is not None:
             raise ValueError("`cache` and `past_key_values` are two names of one argument: pass one of them.")
         cache = past_key_values if cache is None else cache
+        self._check_passed_on(kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
@@ -156,6 +172,20 @@ class ILLaDAModel(ILLaDAPreTrainedModel, LlamaModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{_CACHE_NAME: cache})
+
+    def _check_passed_on(self, arguments: dict):
+        """Refuses what nothing would read, a misspelt name above all, and what would make attention causal."""
+        if arguments.get("is_causal"):
+            raise ValueError("`is_causal` must be False or absent, got True: this model attends in both directions.")
+        unknown = arguments.keys() - _PASSED_ON - _WITHOUT_MEANING - _OF_FLASH_ATTENTION - {"is_causal"}
+        if unknown:
+            raise ValueError(f"`forward` got unknown arguments {sorted(unknown)}.")
+        attention = self.config._attn_implementation
+        if attention in ("eager", "sdpa", "flex_attention") and (packed := arguments.keys() & _OF_FLASH_ATTENTION):
+            raise ValueError(
+                f"{sorted(packed)} are read by flash attention, got them with {attention!r}: keep packed segments "
+                "apart by a four-dimensional `attention_mask`."
+            )
 
     def _dense_mask(self, attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A four-dimensional mask as the attention in use reads it.
@@ -288,6 +318,11 @@ class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
             `loss` is that of [`masked_diffusion_loss`] and `logits` are `(M, V)`: the positions with a label and a
             weight (evaluate with `prediction_loss_only=True` in a Trainer, since they do not align with `labels`).
         """
+        if kwargs.get("use_cache"):
+            raise ValueError(
+                "`use_cache` must be False or absent, got True: pass a cache as `past_key_values`, or `block_cache` "
+                "to `generate`."
+            )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,0 +1,46 @@
+"""What a model inherits from Transformers and cannot do: each method is refused by name, with what to use instead.
+
+Whatever is inherited is offered to users. The rest of it works as it stands; `tests/test_inherited.py` goes through
+all of it.
+"""
+
+from collections.abc import Callable
+
+
+def _refusing(name: str, instead: str) -> Callable:
+    def method(self, *args, **kwargs):
+        raise NotImplementedError(f"`{name}` does not work on a masked diffusion model: {instead}.")
+
+    method.__name__ = method.__qualname__ = name
+    method.__doc__ = f"Raises `NotImplementedError`: {instead}."
+    return method
+
+
+_PADDED_BATCH = "pass a padded batch to `generate`"
+
+
+class RefusesWritingFromLeftToRight:
+    """A base, before `GenerationMixin`, of classes that generate."""
+
+    compute_transition_scores = _refusing(
+        "compute_transition_scores",
+        "`generate(output_trace=True, return_dict_in_generate=True)` returns `commit_confidences`",
+    )
+    continuous_batching_context_manager = _refusing("continuous_batching_context_manager", _PADDED_BATCH)
+    generate_batch = _refusing("generate_batch", _PADDED_BATCH)
+    heal_tokens = _refusing("heal_tokens", "put [MASK] in place of the token, and `generate` fills it")
+    init_continuous_batching = _refusing("init_continuous_batching", _PADDED_BATCH)
+    prepare_inputs_for_generation = _refusing(
+        "prepare_inputs_for_generation", "`generate` prepares its own inputs; one forward pass is `model(input_ids)`"
+    )
+
+
+class RefusesOtherParts:
+    """A base, before `PreTrainedModel`, of models that have one trunk and rotations for positions."""
+
+    get_position_embeddings = _refusing("get_position_embeddings", "positions are rotations: `config.rope_parameters`")
+    resize_position_embeddings = _refusing(
+        "resize_position_embeddings", "positions are rotations: set `config.max_position_embeddings`"
+    )
+    set_decoder = _refusing("set_decoder", "assign `model.model`")
+    set_encoder = _refusing("set_encoder", "assign `model.model`")
