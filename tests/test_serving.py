@@ -476,10 +476,19 @@ def test_options_are_listed_and_unknown_ones_refused():
         assert CliRunner().invoke(command, ["serve", *options]).exit_code == 2
 
 
-def test_bad_settings_are_refused_before_the_model_is_loaded(monkeypatch):
+def test_what_is_wrong_is_said_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setattr("illada.commands.options.load", lambda *_, **__: pytest.fail("the model is loaded"))
-    result = CliRunner().invoke(command, ["serve", "--preset", "quick"])
-    assert result.exit_code != 0 and "quick" in str(result.exception) + result.output
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for options, reason in (
+            (["serve", "--preset", "quick"], "quick"),
+            (["serve", "--port", str(port)], f"127.0.0.1:{port}"),
+            (["demo", "--port", str(port)], f"127.0.0.1:{port}"),
+            (["serve", "--host", "192.0.2.1"], "192.0.2.1"),
+            (["serve", "--host", "no host"], "'no host'"),
+        ):
+            result = CliRunner().invoke(command, options)
+            assert result.exit_code != 0 and reason in str(result.exception) + result.output, options
 
 
 class ProcessServer(Caller):

@@ -7,6 +7,7 @@ import typer
 
 from ..generation_config import MaskedDiffusionGenerationConfig
 from ..text.loading import locate
+from .address import bind
 from .options import DecodingOptions, ModelOptions, expand_options
 
 
@@ -56,10 +57,12 @@ def serve(
     if max_new_tokens is not None:
         settings["max_new_tokens"] = max_new_tokens
     MaskedDiffusionGenerationConfig.merged(None, None, **settings)  # refuses bad ones before the weights are loaded
+    listener = bind(host, port)
     model, tokenizer = checkpoint.load()
     model.generation_config = MaskedDiffusionGenerationConfig.merged(model.generation_config, None, **settings)
     place = locate(checkpoint.model, "--model")
     name = name or (Path(place).resolve().name if Path(place).is_dir() else place)
     options = ServerOptions(api_key, timeout, max_body_kib * 1024, allow_origin or [])
     app = build_app(Worker(model, max_waiting), tokenizer, name, options)
-    uvicorn.run(app, host=host, port=port)
+    print(f"Serving {name} at http://{host}:{port}/v1 (Ctrl-C ends it).", flush=True)
+    uvicorn.Server(uvicorn.Config(app)).run(sockets=[listener])

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..commands.address import bind
 from ..commands.options import ModelOptions, expand_options
 from ..text.loading import locate
 from ..tiny import EMBEDDED_MODEL
@@ -29,6 +30,8 @@ def demo(
         from .page import CSS, THEME, build_page
     except ModuleNotFoundError as error:
         raise ValueError(f"`illada demo` needs Gradio: pip install 'illada[demo]' ({error}).") from error
+    if port is not None:
+        bind(host, port).close()
     model, tokenizer = checkpoint.load()
     place = locate(checkpoint.model, "--model")
     is_embedded = Path(place).resolve() == EMBEDDED_MODEL
