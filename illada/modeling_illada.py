@@ -28,6 +28,7 @@ from transformers.models.olmo.modeling_olmo import OlmoAttention, OlmoRotaryEmbe
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapter_loading import AdapterMixin
 from .configuration_illada import ILLaDAConfig
 from .generation import MaskedDiffusionGenerationMixin
 from .generation_config import MaskedDiffusionGenerationConfig
@@ -91,7 +92,7 @@ def _file_and_name(of_class: type) -> str:
     return f"{of_class.__module__.rpartition('.')[2]}.{of_class.__name__}"
 
 
-class ILLaDAPreTrainedModel(RefusesOtherParts, LlamaPreTrainedModel):
+class ILLaDAPreTrainedModel(AdapterMixin, RefusesOtherParts, LlamaPreTrainedModel):
     """What the trunk and the model with a head share: their configuration and the initialisation of the release."""
 
     config: ILLaDAConfig

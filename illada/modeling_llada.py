@@ -1,34 +1,10 @@
 """LLaDA checkpoints as iLLaDA models: the same network under other parameter names and settings."""
 
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
 from .configuration_llada import LLaDAConfig
+from .llada_names import llada_weight_renamings
 from .modeling_illada import ILLaDAForCausalLM
-
-_BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "attn_out": "self_attn.o_proj",
-    "ff_norm": "post_attention_layernorm",
-    "ff_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "ff_out": "mlp.down_proj",
-}
-
-
-def llada_weight_renamings() -> list[WeightRenaming]:
-    """The rules, in order, that give a LLaDA checkpoint's parameters this package's names; each can be reversed."""
-    outside_blocks = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
-    return [
-        *(WeightRenaming(rf"^model\.transformer\.{source}", target) for source, target in outside_blocks.items()),
-        *(
-            WeightRenaming(rf"^model\.transformer\.blocks\.(\d+)\.{source}", rf"model.layers.\1.{target}")
-            for source, target in _BLOCK_NAMES.items()
-        ),
-    ]
 
 
 class LLaDAModelLM(ILLaDAForCausalLM):
@@ -45,4 +21,4 @@ class LLaDAModelLM(ILLaDAForCausalLM):
 
 register_checkpoint_conversion_mapping("llada", llada_weight_renamings(), overwrite=True)
 
-__all__ = ["LLaDAModelLM", "llada_weight_renamings"]
+__all__ = ["LLaDAModelLM"]

@@ -1,97 +1,219 @@
-"""PEFT's methods: those that change layers act in `generate` and in scores; those that do not are refused by name."""
+"""LoRA adapters that were trained on LLaDA's released code act in full, under whichever names, or are refused."""
+
+import json
 
 import pytest
 import torch
-from tiny_models import MASK, random_model
-from transformers import TrainingArguments
+from peft import LoraConfig, PeftModel, get_peft_model
+from release_checkpoints import read_tensors, release, write_release
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
+from typer import Typer
+from typer.testing import CliRunner
 
-from illada.evaluation import confidence_score, is_greedy, monte_carlo_log_likelihood, rolling_log_likelihood
-from illada.training.trainer import MaskedDiffusionTrainer
+import illada  # noqa: F401
+from illada.conversion import CheckpointError, cli, convert, convert_adapter, export_to_hub_folder, load_whole_model
+from illada.llada_names import standard_name
 
-peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'illada[train]'")
+ALL = ["q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"]
+IDS = torch.arange(6, 38)[None]
 
-LAYERS = ["q_proj", "v_proj", "up_proj"]
-METHODS = {
-    "lora": lambda: peft.LoraConfig(r=2, target_modules=LAYERS, init_lora_weights=False, task_type="CAUSAL_LM"),
-    "dora": lambda: peft.LoraConfig(r=2, target_modules=LAYERS, use_dora=True, task_type="CAUSAL_LM"),
-    "loha": lambda: peft.LoHaConfig(r=2, target_modules=LAYERS, task_type="CAUSAL_LM"),
-    "ia3": lambda: peft.IA3Config(target_modules=LAYERS, feedforward_modules=["up_proj"], task_type="CAUSAL_LM"),
-    "vera": lambda: peft.VeraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
-    "ln_tuning": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM"),
+
+class ReleasedTree(nn.Module):
+    """The modules of LLaDA's released code, under its names, with the golden checkpoint's matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = PretrainedConfig(tie_word_embeddings=False)
+        for name, tensor in read_tensors(release("llada")).items():
+            *path, leaf, _ = name.split(".")
+            parent = self
+            for part in path:
+                if part not in parent._modules:
+                    parent.add_module(part, nn.Module())
+                parent = parent._modules[part]
+            if tensor.dim() == 1:
+                module = nn.LayerNorm(len(tensor), bias=False)
+            elif leaf == "wte":
+                module = nn.Embedding(*tensor.shape)
+            else:
+                module = nn.Linear(*reversed(tensor.shape), bias=False)
+            module.weight = nn.Parameter(tensor)
+            parent.add_module(leaf, module)
+
+
+def trained(folder, **settings):
+    """The folder of an adapter as PEFT saves it, trained on the released code, and the weights that it makes."""
+    torch.manual_seed(0)
+    model = ReleasedTree()
+    settings = {"target_modules": ALL, "r": 4} | settings
+    adapted = get_peft_model(model, LoraConfig(init_lora_weights=False, **settings))
+    adapted.save_pretrained(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(release("llada"))
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    merged = adapted.merge_and_unload()
+    return folder, {standard_name(name): tensor for name, tensor in merged.state_dict().items()}
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def expected_logits(weights):
+    """Of a model that never saw an adapter: the products of the matrices were added to its weights."""
+    model = AutoModel.from_pretrained(release("llada"))
+    model.load_state_dict(weights)
+    return logits_of(model)
+
+
+SETTINGS = {
+    "all": {},
+    "feed-forward": {"target_modules": ["ff_out"]},
+    "pattern": {"target_modules": r".*blocks\.1\.(attn_out|up_proj)"},
+    "one layer": {"layers_to_transform": [1], "layers_pattern": "blocks"},
+    "ranks": {"rank_pattern": {"attn_out": 2, r"blocks\.0\.ff_proj": 3}, "alpha_pattern": {"ff_out": 5, "q_proj": 1}},
+    "excluded": {"exclude_modules": r".*blocks\.0\..*"},
+    "embedding": {"target_modules": ["wte", "attn_out"], "use_dora": False},
+    "saved": {"target_modules": ["attn_out"], "modules_to_save": ["ln_f", "wte"]},
+    "rslora": {"use_rslora": True, "lora_alpha": 3},
+    "dora": {"target_modules": ["attn_out", "ff_proj", "v_proj"], "use_dora": True},
 }
-REFUSED = {
-    "PROMPT_TUNING": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-    "P_TUNING": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
-    "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-    "Activated LoRA": lambda: peft.LoraConfig(
-        r=2, target_modules=LAYERS, task_type="CAUSAL_LM", alora_invocation_tokens=[8, 9]
-    ),
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_an_adapter_of_the_released_code_acts_in_full(tmp_path, settings):
+    adapter, weights = trained(tmp_path / "adapter", **settings)
+    expected = expected_logits(weights)
+    assert (expected - logits_of(AutoModel.from_pretrained(release("llada")))).abs().max() > 0.05
+    converted = convert(release("llada"), tmp_path / "base").out
+    standard = convert_adapter(adapter, tmp_path / "standard")
+    for base in (release("llada"), converted):
+        model = AutoModel.from_pretrained(base)
+        model.load_adapter(str(adapter))
+        torch.testing.assert_close(logits_of(model), expected, atol=1e-4, rtol=0)
+        model = PeftModel.from_pretrained(AutoModel.from_pretrained(base), standard)
+        torch.testing.assert_close(logits_of(model), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("base", ["in place", "converted", "of the adapter"])
+def test_export_merges_it_in_full(tmp_path, base):
+    adapter, weights = trained(tmp_path / "adapter")
+    sources = {
+        "in place": lambda: (release("llada"), adapter),
+        "converted": lambda: (convert(release("llada"), tmp_path / "base").out, adapter),
+        "of the adapter": lambda: (adapter, None),
+    }
+    source, merged = sources[base]()
+    out = export_to_hub_folder(source, tmp_path / "out", adapter=merged)
+    torch.testing.assert_close(logits_of(AutoModel.from_pretrained(out)), expected_logits(weights), atol=1e-4, rtol=0)
+
+
+def test_the_folder_of_an_adapter_is_a_model(tmp_path):
+    adapter, weights = trained(tmp_path / "adapter")
+    for load in (load_whole_model, AutoModelForCausalLM.from_pretrained):
+        torch.testing.assert_close(logits_of(load(adapter)), expected_logits(weights), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("base", ["in place", "converted"])
+def test_peft_refuses_what_it_would_load_by_half(tmp_path, base):
+    adapter, _ = trained(tmp_path / "adapter")
+    source = release("llada") if base == "in place" else convert(release("llada"), tmp_path / "base").out
+    with pytest.raises(ValueError, match=r"no place for .*(attn_out|o_proj)\.lora_A.*`illada convert`"):
+        PeftModel.from_pretrained(AutoModel.from_pretrained(source), adapter)
+
+
+def damaged(folder, change):
+    adapter, _ = trained(folder)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    return adapter
+
+
+STRANGE = "base_model.model.model.transformer.blocks.0.att_proj.lora_A.weight"
+TENSOR = "base_model.model.model.transformer.blocks.1.attn_out.lora_B.weight"
+DAMAGES = {
+    "extra": (lambda tensors: tensors.update({STRANGE: torch.ones(4, 4)}), STRANGE.removeprefix("base_model.model.")),
+    "missing": (lambda tensors: tensors.pop(TENSOR), r"layers\.1\.self_attn\.o_proj\.lora_B"),
+    "misshapen": (lambda tensors: tensors.update({TENSOR: torch.ones(3, 4)}), r"layers\.1\.self_attn\.o_proj\.lora_B"),
 }
-PROMPT = [7, 8, 9]
 
 
-def adapted_model(config):
-    """The model in a `PeftModel`, whose own weights are random, so that it is not the model that it adapts."""
-    model = peft.get_peft_model(random_model(0), config).double().eval()
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += torch.randn(parameter.shape, generator=generator).double()
-    return model
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_tensor_that_does_not_fit_is_named(tmp_path, damage):
+    change, named = DAMAGES[damage]
+    adapter = damaged(tmp_path / "adapter", change)
+    with pytest.raises(ValueError, match=named) as exported:
+        export_to_hub_folder(adapter, tmp_path / "out")
+    with pytest.raises(ValueError, match=named) as loaded:
+        load_whole_model(adapter)
+    for error in (exported, loaded):
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@torch.no_grad()
-def test_an_adapter_of_layers_acts_in_generation_and_scores_as_in_forward(method):
-    """Each token and its probability are those of the PeftModel's forward of the text so far and one [MASK]."""
-    model = adapted_model(METHODS[method]())
-    output = model.generate(
-        input_ids=torch.tensor([PROMPT]),
-        max_new_tokens=4,
-        block_length=1,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_trace=True,
-    )
-    text = list(PROMPT)
-    for step in range(4):
-        logits = model(input_ids=torch.tensor([[*text, MASK]])).logits[0, -1]
-        score = confidence_score(model, [(text, [11])])[0].score
-        assert score == pytest.approx(logits.log_softmax(-1)[11].item())
-        logits[MASK] = -torch.inf
-        text.append(int(logits.argmax()))
-        confidence = output.commit_confidences[0, len(PROMPT) + step].item()
-        assert confidence == pytest.approx(logits.softmax(-1).max().item())
-    assert output.sequences.tolist() == [text]
-    with model.disable_adapter():
-        plain = model(input_ids=torch.tensor([[*PROMPT, MASK]])).logits
-    assert not torch.allclose(plain, model(input_ids=torch.tensor([[*PROMPT, MASK]])).logits)
+def test_load_adapter_names_a_tensor_that_has_no_place(tmp_path):
+    adapter = damaged(tmp_path / "adapter", DAMAGES["extra"][0])
+    with pytest.raises(ValueError, match="no place for .*att_proj"):
+        AutoModel.from_pretrained(release("llada")).load_adapter(str(adapter))
 
 
-@pytest.mark.parametrize("method", REFUSED)
-def test_an_adapter_that_acts_outside_the_layers_is_refused_by_name(method, tmp_path):
-    model = adapted_model(REFUSED[method]())
-    pairs = [(PROMPT, [11])]
-    message = f"cannot honour the adapter {method} of PEFT"
-    with pytest.raises(ValueError, match=f"`generate` {message}"):
-        model.generate(input_ids=torch.tensor([PROMPT]), max_new_tokens=2)
-    for score in (confidence_score, is_greedy, monte_carlo_log_likelihood):
-        with pytest.raises(ValueError, match=f"A score {message}"):
-            score(model, pairs)
-    with pytest.raises(ValueError, match=f"A score {message}"):
-        rolling_log_likelihood(model, [PROMPT])
-    with pytest.raises(ValueError, match=f"`MaskedDiffusionTrainer` {message}"):
-        MaskedDiffusionTrainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), report_to=[]))
+def test_an_adapter_goes_to_the_released_names_and_back(tmp_path):
+    adapter, _ = trained(tmp_path / "adapter", rank_pattern={"attn_out": 2})
+    standard = convert_adapter(adapter, tmp_path / "standard")
+    back = convert_adapter(standard, tmp_path / "back", to="llada")
+    first, last = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, back))
+    assert first.keys() == last.keys() and all(torch.equal(first[name], last[name]) for name in first)
+    model = PeftModel.from_pretrained(ReleasedTree(), back)
+    expected = PeftModel.from_pretrained(ReleasedTree(), adapter).merge_and_unload().state_dict()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in model.merge_and_unload().state_dict().items())
 
 
-@pytest.mark.parametrize("method", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])
-def test_without_its_virtual_tokens_the_model_is_the_plain_one(method):
-    plain, model = random_model(0), adapted_model(REFUSED[method]())
-    inputs, pairs = torch.tensor([PROMPT]), [(PROMPT, [11, 12])]
-    with model.disable_adapter():
-        assert torch.equal(
-            model.generate(input_ids=inputs, max_new_tokens=4), plain.generate(inputs, max_new_tokens=4)
-        )
-        assert confidence_score(model, pairs) == confidence_score(plain, pairs)
-    # The model itself is not changed by a PeftModel around it.
-    assert torch.equal(model.base_model.generate(inputs, max_new_tokens=4), plain.generate(inputs, max_new_tokens=4))
+def test_an_adapter_of_the_standard_names_stays_as_it_is(tmp_path):
+    config = LoraConfig(target_modules=["o_proj", "q_proj"], init_lora_weights=False)
+    model = get_peft_model(AutoModel.from_pretrained(release("llada")), config)
+    model.save_pretrained(tmp_path / "adapter")
+    out = convert_adapter(tmp_path / "adapter", tmp_path / "out")
+    first, last = (json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path / "adapter", out))
+    assert first == last
+    again = AutoModel.from_pretrained(release("llada"))
+    again.load_adapter(str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits_of(again), logits_of(model), atol=1e-4, rtol=0)
+
+
+def test_the_convert_command_takes_an_adapter(tmp_path):
+    adapter, weights = trained(tmp_path / "adapter")
+    app = Typer()
+    app.command()(cli.convert)
+    result = CliRunner().invoke(app, [str(adapter), str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(release("llada")), tmp_path / "out")
+    torch.testing.assert_close(logits_of(model), expected_logits(weights), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="`source` must be a checkpoint, got the adapter .*`convert_adapter`"):
+        convert(adapter, tmp_path / "other")
+
+
+def test_the_base_of_an_adapter_is_whole(tmp_path):
+    adapter, _ = trained(tmp_path / "adapter")
+    tensors = read_tensors(release("llada"))
+    tensors.pop("model.transformer.ln_f.weight")
+    base = write_release(tmp_path / "base", "llada", tensors=tensors)
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="missing: model.norm.weight"):
+        load_whole_model(adapter)
+
+
+@pytest.mark.parametrize("family", ["illada", "llada"])
+def test_an_adapter_brings_its_resized_vocabulary(tmp_path, family):
+    model = AutoModel.from_pretrained(release(family))
+    model.resize_token_embeddings(170, mean_resizing=False)
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    out = export_to_hub_folder(tmp_path / "adapter", tmp_path / "out")
+    for exported in (AutoModel.from_pretrained(out), load_whole_model(tmp_path / "adapter")):
+        assert exported.config.vocab_size == 170
+        torch.testing.assert_close(logits_of(exported), logits_of(model), atol=1e-4, rtol=0)

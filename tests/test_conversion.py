@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from illada import ILLaDAConfig, ILLaDAForCausalLM
 from illada.conversion import CheckpointError, convert
-from illada.conversion.formats import llada_name, standard_name
+from illada.llada_names import llada_name, standard_name
 
 FAMILIES = ["illada", "llada"]
 ONE_SHARD, MANY_SHARDS = "5GB", "50KB"
@@ -259,7 +259,7 @@ def test_wrong_dtypes_are_listed(tmp_path):
         ({"dtype": "int8"}, "`dtype` must be one of .*'bfloat16'.*, got 'int8'"),
         ({"max_shard_size": "5 apples"}, "`max_shard_size` must be positive, .* got '5 apples'"),
         ({"max_shard_size": 0}, "`max_shard_size` must be positive, .* got 0"),
-        ({"source": "no/such/folder"}, "`source` must be a checkpoint folder or a Hub id, got 'no/such/folder'"),
+        ({"source": "no/such/folder"}, "`source` must be a folder or a Hub id, got 'no/such/folder'"),
     ],
     ids=["to", "dtype", "size-text", "size-zero", "source"],
 )

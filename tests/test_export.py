@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import illada  # noqa: F401
 from illada.conversion import cli, export_to_hub_folder
-from illada.conversion.formats import standard_name
+from illada.llada_names import standard_name
 
 PROMPT = "w7 w8 w9 w10 w11"
 LENGTHS = {"max_new_tokens": 16, "block_length": 8}
@@ -246,7 +246,7 @@ def test_push_without_a_token_says_how_to_log_in(hub, tmp_path):
 
 def test_push_to_a_malformed_id_is_refused(tmp_path):
     result = run("export", tmp_path / "out", "--model", release("illada"), "--push", "a/b/c")
-    assert "`push` must be an id on the Hub such as 'user/model', got 'a/b/c'" in str(result.exception)
+    assert "`repo_id` must be an id on the Hub such as 'user/model', got 'a/b/c'" in str(result.exception)
     assert not (tmp_path / "out").exists()
 
 
@@ -255,7 +255,7 @@ def test_a_refused_upload_leaves_the_folder(hub, tmp_path, monkeypatch):
     hub.refuse_uploads = True
     result = run("export", tmp_path / "out", "--model", release("illada"), "--push", "user/tiny")
     assert isinstance(result.exception, OSError)
-    assert "`push` 'user/tiny' failed" in str(result.exception) and "\n" not in str(result.exception)
+    assert "`repo_id` 'user/tiny' refused the upload" in str(result.exception) and "\n" not in str(result.exception)
     assert (tmp_path / "out" / "model.safetensors").exists() and not hub.files
 
 

@@ -1,8 +1,17 @@
 """Release formats in and out, and checkpoints that are complete Hub repositories."""
 
+from .adapters import convert_adapter
 from .converting import Conversion, convert
 from .exporting import export_to_hub_folder, push_to_hub
 from .loading import load_whole_model
 from .reading import CheckpointError
 
-__all__ = ["CheckpointError", "Conversion", "convert", "export_to_hub_folder", "load_whole_model", "push_to_hub"]
+__all__ = [
+    "CheckpointError",
+    "Conversion",
+    "convert",
+    "convert_adapter",
+    "export_to_hub_folder",
+    "load_whole_model",
+    "push_to_hub",
+]

@@ -12,9 +12,15 @@ from .writing import write_json
 
 
 def carry_over(source: Path, folder: Path, patterns: Iterable[str] = CARRIED_FILES) -> None:
-    """Copies the files that travel with the weights, byte for byte. Links, as in the Hub's cache, are followed."""
+    """Copies the files that travel with the weights, byte for byte. Links, as in the Hub's cache, are followed.
+
+    Raises:
+        ValueError: if one of them should be JSON, and is not.
+    """
     for path in (path for pattern in patterns for path in source.glob(pattern)):
         if path.is_file() and path.suffix != ".py":
+            if path.suffix == ".json":
+                read_json(path)
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
@@ -28,7 +34,7 @@ def declare_mask_token(folder: Path, config: ILLaDAConfig) -> None:
     """
     if config.mask_token_id is None or not (folder / "tokenizer_config.json").exists():
         return
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config)  # `config.json` may not be there yet
     if tokenizer.mask_token_id == config.mask_token_id:
         return
     if tokenizer.mask_token_id is not None:

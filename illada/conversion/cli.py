@@ -8,7 +8,9 @@ from typer import Argument, Option, echo
 
 from ..tiny import EMBEDDED_MODEL
 from . import converting, exporting
+from .adapters import convert_adapter, is_adapter
 from .converting import MAX_SHARD_SIZE
+from .reading import locate_checkpoint
 
 Dtype = Annotated[str | None, Option(help="bfloat16, float16, float32 or float64; that of the source if absent.")]
 MaxShardSize = Annotated[str, Option(help='Of a weight file, such as "5GB" or "500MB".')]
@@ -20,7 +22,9 @@ AllowPickle = Annotated[
 
 
 def convert(
-    source: Annotated[str, Argument(help="A checkpoint of iLLaDA, LLaDA or this package: a folder or a Hub id.")],
+    source: Annotated[
+        str, Argument(help="A checkpoint or LoRA adapter of iLLaDA, LLaDA or this package: a folder or a Hub id.")
+    ],
     out: Annotated[Path, Argument(help="The folder to make.")],
     to: Annotated[
         str, Option(help="standard, what this package saves; or the form of a release: illada or llada.")
@@ -31,12 +35,18 @@ def convert(
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Convert a checkpoint between the formats of the family.
+    """Convert a checkpoint, or a LoRA adapter, between the formats of the family.
 
     Example: illada convert GSAI-ML/LLaDA-8B-Instruct llada-8b --dtype bfloat16
 
     Memory is about one weight file of OUT. OUT appears when everything is written and verified, and not before.
     """
+    if is_adapter(folder := locate_checkpoint(source, revision, allow_pickle)):
+        if dtype is not None or max_shard_size != MAX_SHARD_SIZE:
+            raise ValueError("`source` is an adapter, of which `dtype` and `max_shard_size` stay as they are.")
+        convert_adapter(folder, out, to=to, overwrite=overwrite, allow_pickle=allow_pickle)
+        echo(f"{out}: the adapter under the names of {to}.")
+        return
     conversion = converting.convert(
         source,
         out,

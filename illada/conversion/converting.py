@@ -11,11 +11,12 @@ from ..configuration_llada import LLaDAConfig
 from ..modeling_illada import ILLaDAForCausalLM
 from ..modeling_llada import LLaDAModelLM
 from .accompanying import carry_over, declare_mask_token, write_generation_config
+from .adapters import is_adapter
 from .formats import Format, find_format, read_config, standard_config
 from .planning import DTYPES, Plan, make_plan
 from .reading import CheckpointTensors, ModelTensors, locate_checkpoint, read_json
 from .verifying import verify_logits, verify_tensors
-from .writing import atomic_folder, write_json, write_weights
+from .writing import atomic_folder, refuse_overlap, write_json, write_weights
 
 MAX_SHARD_SIZE = "5GB"
 MIN_LOGITS_BYTES = 100_000_000  # a model up to this is compared whole, however small its shards
@@ -77,27 +78,33 @@ def convert(
         ValueError, OSError: if an argument or a file is not as it must be, or the disk is full.
     """
     target, dtype, max_shard_size = find_format(to), parse_dtype(dtype), parse_size(max_shard_size)
-    source = locate_checkpoint(source, revision, allow_pickle)
-    refuse_overlap(source, out)
+    checkpoint = locate_checkpoint(source, revision, allow_pickle)
+    if is_adapter(checkpoint):
+        raise ValueError(
+            f"`source` must be a checkpoint, got the adapter {str(source)!r}: `convert_adapter` gives it other names, "
+            "`export_to_hub_folder` merges it into its base."
+        )
+    refuse_overlap(checkpoint, out)
+    config = read_config(read_json(checkpoint / "config.json"), str(checkpoint / "config.json"))
     with atomic_folder(Path(out), overwrite) as folder:
-        conversion = convert_into(folder, source, target, dtype, max_shard_size, allow_pickle)
+        # What is small comes first, so that what is wrong with it is said before weights are written.
+        carry_over(checkpoint, folder)
+        complete(folder, config)
+        conversion = convert_weights(folder, checkpoint, config, target, dtype, max_shard_size, allow_pickle)
     return replace(conversion, out=Path(out))
 
 
-def convert_into(
+def convert_weights(
     folder: Path,
     source: Path,
+    config: ILLaDAConfig,
     target: Format,
     dtype: torch.dtype | None,
     max_shard_size: int,
     allow_pickle: bool = False,
 ) -> Conversion:
-    """[`convert`] between two folders, of which `folder` exists and is empty. Sizes are in bytes."""
-    config = read_config(read_json(source / "config.json"), str(source / "config.json"))
-    tensors = CheckpointTensors(source, allow_pickle)
-    plan = write_model(folder, tensors, config, target, dtype, max_shard_size)
-    carry_over(source, folder)
-    complete(folder, config)
+    """Writes the weights and `config.json` of one folder into another, and verifies them. Sizes are in bytes."""
+    plan = write_model(folder, CheckpointTensors(source, allow_pickle), config, target, dtype, max_shard_size)
     num_layers = verify_logits(source, folder, config, plan, max(max_shard_size, MIN_LOGITS_BYTES))
     return Conversion(
         out=folder,
@@ -153,10 +160,3 @@ def parse_size(size: int | str) -> int:
     if num_bytes <= 0:
         raise ValueError(f'`max_shard_size` must be positive, in bytes or such as "5GB" or "500MB", got {size!r}.')
     return num_bytes
-
-
-def refuse_overlap(source: Path, out: str | Path) -> None:
-    """Raises `ValueError` if one of the two folders holds the other, for then `out` could replace `source`."""
-    source, out = source.resolve(), Path(out).expanduser().resolve()
-    if out == source or out in source.parents or source in out.parents:
-        raise ValueError(f"`out` must lie apart from `source`, got {out} and {source}.")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,12 +13,13 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..modeling_illada import ILLaDAForCausalLM
 from .accompanying import carry_over
-from .card import write_card
-from .converting import MAX_SHARD_SIZE, complete, convert_into, parse_dtype, parse_size, refuse_overlap, write_model
+from .adapters import BASE_FIELD, CONFIG, base_of, check_adapter, is_adapter, require_peft, with_adapter
+from .card import check_license, license_of, write_card
+from .converting import MAX_SHARD_SIZE, complete, convert_weights, parse_dtype, parse_size, write_model
 from .formats import FORMATS, read_config
 from .loading import load_whole_model
 from .reading import CARRIED_FILES, TOKENIZER_FILES, ModelTensors, locate_checkpoint, read_json
-from .writing import atomic_folder, write_json
+from .writing import atomic_folder, refuse_overlap, write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -83,38 +84,41 @@ def export_to_hub_folder(
         checkpoint, adapter = _locate(source, adapter, revision, allow_pickle)
         refuse_overlap(checkpoint, out)
         base_model = base_model or _hub_id(source)
-    elif adapter is not None:
-        adapter = locate_checkpoint(adapter)
+        config = read_config(read_json(checkpoint / "config.json"), str(checkpoint / "config.json"))
+    else:
+        adapter = None if adapter is None else locate_checkpoint(adapter, argument="adapter")
+        config = read_config(model.config.to_dict(), type(model).__name__)
+        base_model = base_model or _hub_id(model.name_or_path)
     if adapter is not None:
+        require_peft()
+        check_adapter(adapter, allow_pickle)
         refuse_overlap(adapter, out)
-        base_model = base_model or _hub_id(_base_of(adapter))
-    merges = adapter is not None or hasattr(model, "merge_and_unload")
+        base_model = base_model or _hub_id(base_of(adapter))
+    merges = adapter is not None or hasattr(model, "peft_config")
+    tokenizer = _find_tokenizer(tokenizer)
+    license = check_license(license) or license_of(checkpoint) or "unknown"
 
     with atomic_folder(out, overwrite) as folder:
-        if model is None and not merges:
-            convert_into(folder, checkpoint, FORMATS["standard"], dtype, max_shard_size, allow_pickle)
-            config = read_config(read_json(checkpoint / "config.json"), str(checkpoint))
-        else:
-            if model is None:
-                model = load_whole_model(checkpoint, dtype="auto")
-            elif merges:
-                model = copy.deepcopy(model)  # the caller's stays as it is
-            model = _merge(model, adapter, allow_pickle) if merges else model
-            base_model = base_model or _hub_id(model.name_or_path)
-            config = read_config(model.config.to_dict(), type(model).__name__)
-            write_model(folder, ModelTensors(model), config, FORMATS["standard"], dtype, max_shard_size)
+        # What is small comes first, so that what is wrong with it is said before weights are loaded or written.
+        if checkpoint is None:
             model.generation_config.to_json_file(folder / "generation_config.json")
-            if checkpoint is not None:  # its card does not describe the merged model
-                carry_over(checkpoint, folder, [pattern for pattern in CARRIED_FILES if pattern != "README.md"])
+        else:  # the card of the source does not describe a merged model
+            carry_over(checkpoint, folder, [name for name in CARRIED_FILES if not (merges and name == "README.md")])
         if adapter is not None:
             carry_over(adapter, folder, TOKENIZER_FILES)
         _save_tokenizer(tokenizer, folder)
         complete(folder, config)
-
         custom_object_save(ILLaDAForCausalLM, folder)
+
+        if model is None and not merges:
+            convert_weights(folder, checkpoint, config, FORMATS["standard"], dtype, max_shard_size, allow_pickle)
+        else:
+            model = load_whole_model(checkpoint, dtype="auto") if model is None else model
+            model = _merge(model, adapter, allow_pickle, in_place=checkpoint is not None) if merges else model
+            config = read_config(model.config.to_dict(), type(model).__name__)  # an adapter may bring more tokens
+            write_model(folder, ModelTensors(model), config, FORMATS["standard"], dtype, max_shard_size)
         write_json(folder / "config.json", read_json(folder / "config.json") | {"auto_map": AUTO_MAP})
-        license = license or (checkpoint and _license_of(checkpoint)) or "unknown"
-        write_card(folder, license=license, base_model=base_model, merged=merges)
+        write_card(folder, title=out.name, license=license, base_model=base_model, merged=merges)
     return out
 
 
@@ -135,7 +139,7 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = False) -> s
         commit = api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message="Upload by illada export")
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise OSError(f"`push` {repo_id!r} failed, and {folder} stays as it is: {reason}") from error
+        raise OSError(f"`repo_id` {repo_id!r} refused the upload, and {folder} stays as it is: {reason}") from error
     return commit.commit_url
 
 
@@ -144,7 +148,7 @@ def check_upload(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
-        raise ValueError(f"`push` must be an id on the Hub such as 'user/model', got {repo_id!r}.") from None
+        raise ValueError(f"`repo_id` must be an id on the Hub such as 'user/model', got {repo_id!r}.") from None
     if get_token() is None:
         raise OSError("There is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN.")
 
@@ -156,48 +160,55 @@ def _locate(
     from transformers.trainer_utils import get_last_checkpoint  # slow to import, and seldom needed
 
     folder = locate_checkpoint(source, revision, allow_pickle)
-    holds = {name for name in ("config.json", "adapter_config.json") if (folder / name).exists()}
-    if not holds and (last := get_last_checkpoint(folder)) is not None:
-        return _locate(last, adapter, revision, allow_pickle)
-    if holds == {"adapter_config.json"} and adapter is None:
-        return locate_checkpoint(_base_of(folder), allow_pickle=allow_pickle), folder
-    return folder, None if adapter is None else locate_checkpoint(adapter, allow_pickle=allow_pickle)
+    if not (folder / "config.json").exists() and not is_adapter(folder):
+        if (last := get_last_checkpoint(folder)) is not None:
+            return _locate(last, adapter, revision, allow_pickle)
+        raise FileNotFoundError(f"`source` {str(source)!r} contains no checkpoint: neither config.json nor {CONFIG}.")
+    if is_adapter(folder) and adapter is None:
+        return locate_checkpoint(base_of(folder), allow_pickle=allow_pickle, argument=BASE_FIELD), folder
+    if is_adapter(folder):
+        raise ValueError(f"`adapter` must be absent if `source` is an adapter itself, got {str(adapter)!r}.")
+    return folder, None if adapter is None else locate_checkpoint(adapter, None, allow_pickle, argument="adapter")
 
 
-def _base_of(adapter: Path) -> str:
-    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"`base_model_name_or_path` in {adapter / 'adapter_config.json'} must name the base model.")
-    return base
+def _merge(
+    model: "PreTrainedModel | PeftModel", adapter: Path | None, allow_pickle: bool, in_place: bool
+) -> PreTrainedModel:
+    """The model with its own adapter, or the one in a folder, added to its weights.
 
-
-def _merge(model: "PreTrainedModel | PeftModel", adapter: Path | None, allow_pickle: bool) -> PreTrainedModel:
-    """Adds the model's own adapter, or the one in a folder, to its weights."""
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise ImportError("Merging an adapter needs peft: `pip install peft`.") from None
+    Args:
+        in_place (`bool`): whether the model may be changed; the caller's stays as it is.
+    """
+    model = model if in_place else copy.deepcopy(model)
     if adapter is not None:
-        if not (adapter / "adapter_model.safetensors").exists() and not allow_pickle:
-            raise FileNotFoundError(
-                f"{adapter} holds no adapter_model.safetensors; `allow_pickle` reads pickled ones."
-            )
-        model = PeftModel.from_pretrained(model, adapter)
+        model = with_adapter(model, adapter, allow_pickle)
     if not hasattr(model, "merge_and_unload"):
-        raise ValueError(f"`adapter` must be one that merges, such as LoRA, got {model.active_peft_config.peft_type}.")
+        kinds = ", ".join(sorted(str(config.peft_type.value) for config in model.peft_config.values()))
+        raise ValueError(f"`source` must be a `PeftModel` whose adapter can be merged, got {kinds} in another form.")
     return model.merge_and_unload(safe_merge=True)
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase | str | Path | None, folder: Path) -> None:
-    if isinstance(tokenizer, (str, Path)):
-        carry_over(locate_checkpoint(tokenizer), folder, TOKENIZER_FILES)
+def _find_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | str | Path | None,
+) -> PreTrainedTokenizerBase | Path | None:
+    """The tokenizer, or the folder that contains it. Raises `ValueError` or `OSError` if there is none."""
+    if tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    if not isinstance(tokenizer, (str, Path)):
+        raise ValueError(f"`tokenizer` must be a tokenizer, a folder or a Hub id, got a {type(tokenizer).__name__}.")
+    folder = locate_checkpoint(tokenizer, argument="tokenizer")
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise ValueError(
+            f"`tokenizer` must be a tokenizer's folder or Hub id, got {str(tokenizer)!r}, which has none."
+        )
+    return folder
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase | Path | None, folder: Path) -> None:
+    if isinstance(tokenizer, Path):
+        carry_over(tokenizer, folder, TOKENIZER_FILES)
     elif tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def _license_of(checkpoint: Path) -> str | None:
-    card = checkpoint / "README.md"
-    return ModelCard.load(card).data.license if card.exists() else None
 
 
 def _hub_id(name: str | Path) -> str | None:

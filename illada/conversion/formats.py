@@ -6,32 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.core_model_loading import WeightRenaming
+from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration_illada import ILLaDAConfig
 from ..configuration_llada import IMPLEMENTED_VALUES, LLaDAConfig
+from ..llada_names import llada_name
 from ..modeling_illada import ILLaDAForCausalLM
-from ..modeling_llada import LLaDAModelLM, llada_weight_renamings
+from ..modeling_llada import LLaDAModelLM
 
-_RENAMINGS = llada_weight_renamings()
-_REVERSE_RENAMINGS = [renaming.reverse_transform() for renaming in reversed(_RENAMINGS)]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-def standard_name(name: str) -> str:
-    """The standard name of a tensor: LLaDA's names are translated, and every other is left as it is."""
-    return _rename(name, _RENAMINGS)
-
-
-def llada_name(name: str) -> str:
-    """The LLaDA release's name of a tensor with a standard name."""
-    return _rename(name, _REVERSE_RENAMINGS)
-
-
-def _rename(name: str, renamings: list[WeightRenaming]) -> str:
-    for renaming in renamings:
-        name, _ = renaming.rename_source_key(name)
-    return name
 
 
 def read_config(fields: dict[str, Any], where: str) -> ILLaDAConfig:
@@ -46,7 +29,10 @@ def read_config(fields: dict[str, Any], where: str) -> ILLaDAConfig:
         raise ValueError(
             f"`model_type` in {where} must be one of {', '.join(map(repr, classes))}, got {model_type!r}."
         )
-    return classes[model_type].from_dict(dict(fields))
+    try:
+        return classes[model_type].from_dict(dict(fields))
+    except StrictDataclassError as error:  # its own message has several lines
+        raise ValueError(f"{where} is no configuration of this family: {error.__cause__ or error}") from error
 
 
 def standard_config(config: ILLaDAConfig, dtype: torch.dtype, tied: bool) -> ILLaDAConfig:

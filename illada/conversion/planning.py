@@ -6,8 +6,9 @@ import torch
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 
 from ..configuration_illada import ILLaDAConfig
+from ..llada_names import standard_name
 from ..modeling_illada import ILLaDAForCausalLM
-from .formats import EMBEDDING, HEAD, Format, standard_name
+from .formats import EMBEDDING, HEAD, Format
 from .reading import FLOATING_DTYPES, CheckpointError, CheckpointTensors, ModelTensors
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING_DTYPES.values()}

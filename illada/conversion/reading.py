@@ -14,6 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from ..tiny import EMBEDDED_MODEL
+
 FLOATING_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -144,8 +146,13 @@ class CheckpointTensors:
             return all(torch.equal(*(tensor[start : start + ROWS_AT_ONCE] for tensor in rows)) for start in starts)
 
 
-def locate_checkpoint(source: str | Path, revision: str | None = None, allow_pickle: bool = False) -> Path:
-    """The folder of a checkpoint: `source` itself, or the local copy of a repository on the Hub.
+def locate_checkpoint(
+    source: str | Path, revision: str | None = None, allow_pickle: bool = False, argument: str = "source"
+) -> Path:
+    """The folder of a checkpoint: `source` itself, the embedded model's, or the local copy of a repository on the Hub.
+
+    Args:
+        argument (`str`): what errors call `source`.
 
     Raises:
         ValueError: if `source` is neither a folder nor the form of a Hub id.
@@ -154,14 +161,18 @@ def locate_checkpoint(source: str | Path, revision: str | None = None, allow_pic
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
+    if str(source) == EMBEDDED_MODEL.name:
+        return EMBEDDED_MODEL
     wanted = ["*.json", "*.safetensors", *CARRIED_FILES, *(["*.bin"] if allow_pickle else [])]
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
     except HFValidationError:
-        raise ValueError(f"`source` must be a checkpoint folder or a Hub id, got {str(source)!r}.") from None
+        raise ValueError(f"`{argument}` must be a folder or a Hub id, got {str(source)!r}.") from None
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise OSError(f"`source` {str(source)!r} is no folder here and could not be downloaded: {reason}") from error
+        raise OSError(
+            f"`{argument}` {str(source)!r} is no folder here and could not be downloaded: {reason}"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

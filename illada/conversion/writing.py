@@ -54,6 +54,13 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         raise OSError(f"`out` {out} is being written by another run.") from None
 
 
+def refuse_overlap(source: Path, out: str | Path) -> None:
+    """Raises `ValueError` if one of the two folders holds the other, for then `out` could replace `source`."""
+    source, out = source.resolve(), Path(out).expanduser().resolve()
+    if out == source or out in source.parents or source in out.parents:
+        raise ValueError(f"`out` must lie apart from `source`, got {out} and {source}.")
+
+
 def write_weights(folder: Path, plan: Plan, source: CheckpointTensors | ModelTensors) -> None:
     """Writes the shards of the plan, holding one at a time in memory, and the index if there are several.
 
