@@ -216,6 +216,14 @@ def test_a_stop_string_does_not_begin_in_the_prompt(server, generated):
     across = f"has{answer[:3]}"
     assert across not in answer
     assert complete(server, "Today Tom has", max_tokens=6, stop=across) == answer
+    # Nor is it searched in a prompt that the answer shows.
+    assert complete(server, "Today Tom has", max_tokens=6, echo=True, stop=["Tom", across]) == f"Today Tom has{answer}"
+    prompt = "Today Tom has<[MASK]> pears and"
+    whole = complete(server, prompt, max_tokens=5)
+    assert complete(server, prompt, max_tokens=5, stop=["pears", "Today"]) == whole
+    after = whole.partition("pears and")[2]
+    assert len(after) > 3
+    assert complete(server, prompt, True, max_tokens=5, stop=after[1:3]) == whole[: 1 - len(after)]
 
 
 @BOTH

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..denoising import DenoisingStep
-from ..text.blanks import encode_with_blanks
+from ..text.blanks import encode_with_blanks, spell_blanks
 from ..text.checks import check_call
 from ..text.prompts import encode_prompt
 from ..text.trace import trace_tokens
@@ -151,6 +151,8 @@ class Page:
         with _errors_on_the_page():
             if not message:
                 raise ValueError("The message must hold some text.")
+            if spell_blanks(message, "") != message:
+                raise ValueError('A message must not have blanks: they are filled under "Fill in the blanks".')
             input_ids = encode_prompt(self.tokenizer, session.conversation(message, values[self.remember]))
             check_call(self.model, input_ids, self.settings.answer_arguments(values))
             session.send(message)

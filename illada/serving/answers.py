@@ -55,6 +55,8 @@ class Choice:
     ):
         self.index, self.request, self.prompt, self.stop, self.post = index, request, prompt, stop, post
         self.eos_token_ids = eos_token_ids
+        # An answer that shows the prompt has these tokens before those that a stop string may end.
+        self.num_given = 0 if prompt.end is not None else len(prompt.input_ids) - prompt.first
         self.is_blank = [token == mask_token_id for token in prompt.input_ids[prompt.first :]]
         self.settled = SettledText(tokenizer)
         self.num_posted = 0  # characters
@@ -62,11 +64,12 @@ class Choice:
     def __call__(self, progress: Progress):
         if progress.error is not None:
             return self.post(Piece(self.index, "", error=progress.error))
-        searched = max(0, len(self.settled.text) - max(map(len, self.stop), default=1) + 1)
+        searched = len(self.settled.text) - max(map(len, self.stop), default=1) + 1
         self.settled.append(self._shown(progress.new_tokens))
         if progress.is_finished:
             self.settled.finish()
         text = self.settled.text
+        searched = max(searched, self.settled.length_of(self.num_given))
         stops = [place for string in self.stop if (place := text.find(string, searched)) >= 0]
         if stops:
             self.request.cancel()
@@ -118,6 +121,10 @@ class SettledText:
 
     def finish(self):
         self.text = self._decode(self.tokens)
+
+    def length_of(self, num_tokens: int) -> int:
+        """Characters of the first tokens."""
+        return len(self._decode(self.tokens[:num_tokens]))
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
