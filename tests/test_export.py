@@ -105,6 +105,13 @@ def test_the_model_card_has_what_the_hub_indexes(exports):
     assert f"{num_parameters:,}" in card.text and "{{" not in card.text
 
 
+def test_the_model_card_shows_how_this_checkpoint_is_used(exports, tmp_path):
+    text = ModelCard.load(exports["illada"] / "README.md").text
+    assert "# out\n" in text and "tokenizer.apply_chat_template(chat, " in text
+    bare = ModelCard.load(export_to_hub_folder(release("illada"), tmp_path / "bare") / "README.md").text
+    assert "# bare\n" in bare and "apply_chat_template" not in bare and 'tokenizer("' in bare
+
+
 def test_no_path_of_this_machine_is_published(exports, tmp_path):
     for folder in exports.values():
         for name, content in contents(folder).items():
