@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 from transformers.models.olmo.modeling_olmo import OlmoAttention, OlmoRotaryEmbedding
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -33,6 +34,8 @@ from .configuration_illada import ILLaDAConfig
 from .generation import MaskedDiffusionGenerationMixin
 from .generation_config import MaskedDiffusionGenerationConfig
 from .inherited import RefusesOtherParts
+
+logger = logging.get_logger(__name__)
 
 _CACHE_NAME = (
     "cache" if "cache" in inspect.signature(create_bidirectional_mask).parameters else "past_key_values"
@@ -254,6 +257,7 @@ class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
     """
 
     generation_config_class = MaskedDiffusionGenerationConfig
+    _has_seen_targets = False  # whether a batch of a training was checked, see `_warn_of_visible_targets`
     _auto_class = "AutoModelForCausalLM"  # `save_pretrained` copies the code beside the weights
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -316,8 +320,8 @@ class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
         Returns:
             `MaskedLMOutput`: `logits` of shape `(B, S, V)`; `(B, n, V)` for an integer or index `logits_to_keep`;
             `(M, V)` for a boolean one, a row per selected position in row-major order, and for a pair. With `labels`,
-            `loss` is that of [`masked_diffusion_loss`] and `logits` are `(M, V)`: the positions with a label and a
-            weight (evaluate with `prediction_loss_only=True` in a Trainer, since they do not align with `labels`).
+            `loss` is that of [`masked_diffusion_loss`]; with `loss_weights`, too, `logits` are `(M, V)`: the positions
+            with a label and a weight, and no others are made.
         """
         if kwargs.get("use_cache"):
             raise ValueError(
@@ -333,23 +337,40 @@ class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
             **kwargs,
         )
         if labels is not None:
-            logits_to_keep = labels != -100
+            counts, logits_to_keep = labels != -100, 0
             if loss_weights is not None:
                 loss_weights = loss_weights.expand_as(labels)
-                logits_to_keep = logits_to_keep & (loss_weights != 0)
+                logits_to_keep = counts = counts & (loss_weights != 0)
+            elif self.training:
+                self._warn_of_visible_targets(input_ids, counts)
         logits = self.lm_head(_states_to_keep(outputs.last_hidden_state, logits_to_keep))
 
         loss = None
         if labels is not None:
             loss = masked_diffusion_loss(
-                logits,
-                labels[logits_to_keep],
-                None if loss_weights is None else loss_weights[logits_to_keep],
+                logits if loss_weights is not None else logits[counts.to(logits.device)],
+                labels[counts],
+                None if loss_weights is None else loss_weights[counts],
                 labels.numel() if num_items_in_batch is None else num_items_in_batch,
             )
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def _warn_of_visible_targets(self, input_ids: torch.LongTensor | None, counts: torch.BoolTensor):
+        """Warns if the first batch of a training asks for tokens that are all visible, as a plain Trainer does.
+
+        Later batches are not looked at, since a look waits for the device; nor is a compiled forward's.
+        """
+        if self._has_seen_targets or input_ids is None or torch.compiler.is_compiling():
+            return
+        self._has_seen_targets = True
+        if counts.any() and not (input_ids[counts] == self.config.mask_token_id).any():
+            logger.warning(
+                "Training without `loss_weights` on `labels` none of which is masked in `input_ids`: the model only "
+                "learns to copy what it sees. Use `illada.training.trainer.MaskedDiffusionTrainer` with "
+                "`MaskedDiffusionCollator`, or mask the inputs with `Objective.add_noise` in a loop of your own."
+            )
 
 
 __all__ = ["ILLaDAForCausalLM", "ILLaDAModel", "ILLaDAPreTrainedModel", "masked_diffusion_loss"]

@@ -152,8 +152,25 @@ def test_a_split_of_a_packed_row_cuts_one_of_its_segments():
             for i, (p, same) in enumerate(zip(packed[0].tolist(), [(j < 4) == (cut < 4) for j in range(10)]))
         )
         for cut in range(1, 10)
+        if packed[0, cut] > 0  # the row is cut there already
     }
     assert seen == expected
+
+
+def test_a_split_falls_in_the_row_itself_whatever_its_padding_is():
+    """Each of 200 rows of 4 to 12 tokens is cut, at the same place alone and in a batch of width 96."""
+    lengths = [4 + row % 9 for row in range(200)]
+    alone = [split_segments(torch.arange(n).unsqueeze(0), 1.0, 0, [row])[0] for row, n in enumerate(lengths)]
+    padded = torch.stack([torch.cat([torch.arange(n), torch.zeros(96 - n, dtype=torch.long)]) for n in lengths])
+    together = split_segments(padded, 1.0, 0, range(200))
+    for n, single, row in zip(lengths, alone, together):
+        assert torch.equal(row[:n], single) and not row[n:].any()
+        assert (single[1:] == 0).sum() == 1
+
+
+def test_a_row_of_single_tokens_cannot_be_split():
+    assert not split_segments(torch.zeros(3, 5, dtype=torch.long), 1.0, 0, range(3)).any()
+    assert not split_segments(torch.zeros(3, 1, dtype=torch.long), 1.0, 0, range(3)).any()
 
 
 def test_the_mean_over_draws_is_the_exact_expectation():

@@ -55,14 +55,24 @@ def attention(request, monkeypatch) -> str:
     """The kernel of flash attention needs a GPU: Transformers' own code around it runs on a plain stand-in."""
     if request.param == "flash_attention_2":
         supported = dict.fromkeys(
-            ["dropout_p", "window_size", "deterministic", "softcap", "max_seqlen_q", "max_seqlen_k", "cache_seqlens"],
+            [
+                "dropout_p",
+                "window_size",
+                "deterministic",
+                "softcap",
+                "max_seqlen_q",
+                "max_seqlen_k",
+                "cache_seqlens",
+                "s_aux",
+            ],
             True,
         )
 
         def process(**keywords):
             return flash_utils._process_flash_attention_kwargs(supports_mapping=supported, **keywords)
 
-        functions = (None, plain_varlen_attention, None, None, None), (process, None)
+        has_two = hasattr(flash_utils, "_process_with_kvcache_kwargs_fn")  # since 5.24
+        functions = (None, plain_varlen_attention, None, None, None), (process, None) if has_two else process
         monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda *_, **__: functions)
     return request.param
 

@@ -19,25 +19,33 @@ def split_segments(
     """Cuts each row with `probability` at a uniformly random point, as iLLaDA's training does (arXiv 2606.25331).
 
     Args:
-        position_ids (`torch.LongTensor` of shape `(B, S)`): from 0 in each segment.
+        position_ids (`torch.LongTensor` of shape `(B, S)`): from 0 in each segment, 0 in padding, which changes
+            nothing.
         probability: share of the rows that are cut, 0.3 as published.
         seed: of all noise of the run.
         rows: number of each sequence in the run.
 
     Returns:
-        Position ids `(B, S)` that begin anew at the cut; a row that is packed already has one segment more.
+        Position ids `(B, S)` that begin at 0 again at the cut; a row that is packed already has one segment more. A
+        row whose segments are single tokens stays as it is.
     """
-    length = position_ids.shape[1]
-    if probability == 0 or length < 2:
+    if probability == 0:
         return position_ids
-    points = []
+    draws = []
     for row in rows:
         stream = random_stream(seed, Purpose.SPLIT, row)
-        is_split = stream.random() < probability
-        points.append(int(stream.integers(1, length)) if is_split else 0)
-    point = torch.tensor(points, device=position_ids.device).unsqueeze(1)
-    start = torch.arange(length, device=position_ids.device) - position_ids
-    after_point = (start == start.gather(1, point)) & (position_ids >= position_ids.gather(1, point))
+        is_split, place = stream.random() < probability, stream.random()
+        draws.append(place if is_split else -1.0)
+    place = torch.tensor(draws, device=position_ids.device).unsqueeze(1)
+    # A cut falls where a segment goes on: not at its first token, nor in padding, whose positions are all 0.
+    goes_on = position_ids > 0
+    count = goes_on.sum(1, keepdim=True)
+    number = (place * count).floor().long().clamp(max=count - 1)  # of the chosen column among those
+    is_point = goes_on & (goes_on.cumsum(1) - 1 == number)
+    is_split = (place >= 0) & (count > 0)
+    point = is_point.long().argmax(1, keepdim=True)
+    start = torch.arange(position_ids.shape[1], device=position_ids.device) - position_ids
+    after_point = is_split & (start == start.gather(1, point)) & (position_ids >= position_ids.gather(1, point))
     return torch.where(after_point, position_ids - position_ids.gather(1, point), position_ids)
 
 

@@ -1,6 +1,7 @@
 """The standard Trainer, with the noise of masked diffusion added to every clean batch."""
 
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from transformers import Trainer
 
 from ..adapters import check_adapters
 from ..text.prompts import encode_prompt
+from .arguments import check_arguments
 from .corruption import Purpose, corrupt, random_stream, sample_mask_probabilities
 from .segments import isolate_segments, split_segments
 
@@ -43,8 +45,11 @@ class Objective:
     def __post_init__(self):
         for name in ("split_probability", "keep_prompt_probability", "eps"):
             value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"`{name}` must be in [0, 1], got {value}.")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ValueError(f"`{name}` must be a number in [0, 1], got {value!r}.")
+        for name in ("stratified", "per_response"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
 
     def add_noise(
         self, batch: dict[str, torch.Tensor], mask_token_id: int, seed: int, rows: Sequence[int], strata: int = 1
@@ -53,6 +58,7 @@ class Objective:
 
         Args:
             batch: `input_ids`, `labels`, `position_ids` and `is_prompt` (B, S), from [`MaskedDiffusionCollator`].
+                Without `position_ids`, each row is one segment; without `is_prompt`, no row begins with a prompt.
             mask_token_id: id of [MASK].
             seed: of all noise of the run.
             rows: number of each sequence in the run.
@@ -60,7 +66,11 @@ class Objective:
 
         Returns:
             `input_ids`, `labels`, `loss_weights` and `position_ids` (B, S).
+
+        Raises:
+            ValueError: if the batch lacks what the noise needs, or has what the noise would not heed.
         """
+        batch = self._checked(batch)
         kept = [random_stream(seed, Purpose.KEEP_PROMPT, row).random() < self.keep_prompt_probability for row in rows]
         first_prompts = batch["is_prompt"].cumprod(1).bool()
         hidden = first_prompts & torch.tensor(kept, device=first_prompts.device).unsqueeze(1)
@@ -72,6 +82,21 @@ class Objective:
         position_ids = split_segments(batch["position_ids"], self.split_probability, seed, rows)
         return {**vars(corruption), "position_ids": position_ids}
 
+    def _checked(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The batch with its optional parts."""
+        missing = [name for name in ("input_ids", "labels") if name not in batch]
+        missing += ["is_prompt"] if self.keep_prompt_probability > 0 and "is_prompt" not in batch else []
+        unknown = [name for name in batch if name not in ("input_ids", "labels", "position_ids", "is_prompt")]
+        if missing or unknown:
+            lacks_or_has = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}"
+            raise ValueError(
+                "A batch must have `input_ids`, `labels`, `position_ids` and `is_prompt`, as from "
+                f"`MaskedDiffusionCollator`; this one {lacks_or_has}."
+            )
+        input_ids = batch["input_ids"]
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        return {"position_ids": columns, "is_prompt": torch.zeros_like(input_ids, dtype=torch.bool), **batch}
+
 
 class MaskedDiffusionTrainer(Trainer):
     """A `transformers.Trainer` for masked diffusion; takes [`MaskedDiffusionCollator`]'s batches.
@@ -81,18 +106,26 @@ class MaskedDiffusionTrainer(Trainer):
     positions that may be masked (or the rows, with `objective.per_response`) in all micro-batches of all processes, so
     that they give the gradient of one big batch. Logits are made for the masked positions alone.
 
+    `compute_metrics` and `predict` get `predictions` (B, S, V) and `label_ids` (B, S): the logits of the masked
+    positions with their clean tokens, and elsewhere zeros with the label -100. `preprocess_logits_for_metrics` can make
+    them smaller; `include_for_metrics: [inputs]` gives the corrupted tokens that the model read.
+
     Args:
         objective: what is random, and the loss's normalisation.
         sample_prompts: texts that the model continues greedily at every evaluation; the results are logged as
             `eval_sample_0` and so on, as text in TensorBoard. Written by the chat template, if there is one.
-        arguments: of the `Trainer`. `remove_unused_columns` and `prediction_loss_only` are set as they must be.
+        arguments, keywords: of the `Trainer`. `remove_unused_columns` is set to false, as it must be.
+
+    Raises:
+        ValueError: if an argument would replace or change the loss (see [`check_arguments`]).
+        NotImplementedError: if the model has an adapter that acts on prompts (see [`check_adapters`]).
     """
 
     def __init__(self, *arguments, objective: Objective | None = None, sample_prompts: Sequence[str] = (), **keywords):
         super().__init__(*arguments, **keywords)
+        check_arguments(self.args, self.compute_loss_func)
         check_adapters(self.model, "`MaskedDiffusionTrainer`")
         self.args.remove_unused_columns = False  # the collator reads `is_prompt`, which the model does not know
-        self.args.prediction_loss_only = True  # logits are those of masked positions: they do not align with labels
         self.objective = objective or Objective()
         self.sample_prompts = sample_prompts
         self._evaluated_batches = itertools.count()
@@ -127,8 +160,16 @@ class MaskedDiffusionTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         rows = self._rows(next(self._evaluated_batches), inputs, self.args.eval_batch_size)
         mask_token_id = self.model.config.mask_token_id
-        inputs = self.objective.add_noise(inputs, mask_token_id, EVALUATION_SEED, rows, EVALUATION_STRATA)
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        noisy = self.objective.add_noise(inputs, mask_token_id, EVALUATION_SEED, rows, EVALUATION_STRATA)
+        inputs.update(noisy)  # the caller's, too: `include_for_metrics` shows what the model read
+        loss, logits, labels = super().prediction_step(model, noisy, prediction_loss_only, ignore_keys)
+        if logits is None:
+            return loss, logits, labels
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        masked = noisy["loss_weights"].to(logits.device) != 0
+        aligned = logits.new_zeros(*masked.shape, logits.shape[-1])
+        aligned[masked] = logits  # (M, V), a row for each masked position
+        return loss, aligned, labels.masked_fill(~masked, -100)
 
     # Loss
 
@@ -140,6 +181,11 @@ class MaskedDiffusionTrainer(Trainer):
     def compute_loss(self, model, inputs, *arguments, **keywords):
         inputs = isolate_segments(inputs, self.model.config._attn_implementation)
         return super().compute_loss(model, inputs, *arguments, **keywords)
+
+    def save_model(self, *arguments, **keywords):
+        with warnings.catch_warnings():  # peft asks the Hub for the base model `illada-tiny`, which is not there
+            warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)
+            super().save_model(*arguments, **keywords)
 
     # Samples
 
