@@ -243,12 +243,28 @@ def held_out_examples(
 
     Args:
         split: `"test"`, or `"validation"` for choices made while training.
+
+    Raises:
+        ValueError: if a name is unknown, or if the family has fewer than `count` in that split.
     """
+    for name, value, allowed in (
+        ("family", family, FAMILIES),
+        ("split", split, ("test", "validation")),
+        ("difficulty", difficulty, DIFFICULTIES),
+    ):
+        if value not in allowed:
+            raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
     rng = random.Random(f"{split}-{family}-{seed}")
     generator, _ = FAMILIES[family]
     examples: dict[Example, None] = {}
+    fruitless = 0
     while len(examples) < count:
         example = generator(rng, DIFFICULTIES[difficulty])
-        if example.split == split:
-            examples[example] = None
+        if example.split == split and example not in examples:
+            examples[example], fruitless = None, 0
+        # Of N equally likely ones in one draw of 32, the last one is missed in 20 * 32 * N draws once in e^20 times.
+        elif (fruitless := fruitless + 1) > 20 * 32 * (len(examples) + 100):
+            raise ValueError(
+                f"`count` must be at most {len(examples)} for {family!r}, {difficulty}, {split}, got {count}."
+            )
     return list(examples)

@@ -23,18 +23,21 @@ Encoded = tuple[list[int], int]
 def encode(tokenizer: PreTrainedTokenizerBase, examples: list[Example] | list[Record]) -> list[Encoded]:
     """Token ids of each example with one EOS at its end, and how many of them are the prompt.
 
-    A plain document begins with BOS, which counts as its prompt; a prompt is written by the chat template.
+    Messages are written by the chat template. A plain text begins with BOS, which counts as its prompt, like the
+    prompt of a plain completion.
     """
-    prompts = [_rendered_prompt(tokenizer, example.prompt) for example in examples]
+    prompts = [_rendered_prompt(tokenizer, example) for example in examples]
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     text_ids = tokenizer([example.text for example in examples], add_special_tokens=False)["input_ids"]
     return [([*p, *t, tokenizer.eos_token_id], len(p)) for p, t in zip(prompt_ids, text_ids)]
 
 
-def _rendered_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> str:
-    if not prompt:
-        return tokenizer.bos_token or ""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+def _rendered_prompt(tokenizer: PreTrainedTokenizerBase, example: Example | Record) -> str:
+    messages = example.prompt
+    if isinstance(example, Example) and messages:
+        messages = [{"role": "user", "content": messages}]
+    if isinstance(messages, str) or not messages:
+        return (tokenizer.bos_token or "") + (messages or "")
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
@@ -74,14 +77,15 @@ def pack(encoded: Iterable[Encoded], length: int, isolated: bool) -> Iterator[di
     window = {"input_ids": [], "is_prompt": [], "position_ids": []}
     for ids, prompt_length in encoded:
         is_prompt = _is_prompt(ids, prompt_length)
-        while ids:
+        start = 0
+        while start < len(ids):
             filled = len(window["input_ids"])
-            piece = ids[: length - filled]
+            end = min(len(ids), start + length - filled)
             first_position = 0 if isolated else filled
-            window["input_ids"] += piece
-            window["is_prompt"] += is_prompt[: len(piece)]
-            window["position_ids"] += range(first_position, first_position + len(piece))
-            ids, is_prompt = ids[len(piece) :], is_prompt[len(piece) :]
+            window["input_ids"] += ids[start:end]
+            window["is_prompt"] += is_prompt[start:end]
+            window["position_ids"] += range(first_position, first_position + end - start)
+            start = end
             if len(window["input_ids"]) == length:
                 yield window
                 window = {name: [] for name in window}
@@ -110,7 +114,7 @@ def encode_records(
 
     Args:
         tokenizer: with a chat template, if the records are chats.
-        source: a JSONL file or a data set.
+        source: a file or a data set.
         vocab_size: of the model.
         mask_token_id: id of [MASK], which must not occur in clean text.
         max_length: tokens that an example may have, EOS included; `None` if it may be cut.
@@ -149,6 +153,9 @@ def build_dataset(
     rows: Callable[..., Iterator[dict[str, list]]], streaming: bool = False, **arguments
 ) -> datasets.Dataset | datasets.IterableDataset:
     """A data set of the rows that `rows(**arguments)` yields, in the cache of `datasets` or streamed.
+
+    The cache is found by `rows` and `arguments`: what `rows` reads and they do not show must be named by one of them,
+    as by [`data_version`].
 
     Raises:
         ValueError: as raised by `rows`, which `datasets` would wrap in an error of its own.
@@ -206,6 +213,9 @@ class MaskedDiffusionCollator:
     def __call__(self, features: list[dict[str, list]]) -> dict[str, torch.Tensor]:
         """Returns `input_ids`, `labels`, `position_ids` and `is_prompt`, each (B, S).
 
+        A feature must have `input_ids`. Without `position_ids` a row is one segment, and without `is_prompt` it has no
+        prompt; other fields are ignored.
+
         `labels` are the clean tokens, -100 at padding that is not learnt. A token of such padding is a segment of its
         own, for its position id is 0.
         """
@@ -221,7 +231,9 @@ class MaskedDiffusionCollator:
             "input_ids": input_ids,
             "labels": input_ids.clone() if self.learn_padding else input_ids.masked_fill(is_padding, -100),
             "position_ids": torch.where(is_padding, columns if self.learn_padding else 0, position_ids),
-            "is_prompt": _padded(features, "is_prompt", length, False),
+            "is_prompt": _padded(features, "is_prompt", length, False)
+            if "is_prompt" in features[0]
+            else torch.zeros_like(is_padding),
         }
 
 
