@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from illada import ILLaDAConfig
 from illada.tiny.corpus import FAMILIES, Example, held_out_examples, training_examples
 from illada.training.data import CorpusWindows, Encoded, encode, windows
-from illada.training.recipe import build_trainer, load_tokenizer, read_settings
+from illada.training.recipe import build_trainer, load_tokenizer
+from illada.training.settings import read_settings
 
 matplotlib.use("Agg")
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from illada import EMBEDDED_MODEL
 from illada.tiny.corpus import DIFFICULTIES, FAMILIES, held_out_examples, training_examples
-from illada.training.recipe import read_settings
+from illada.training.settings import read_settings
 
 matplotlib.use("Agg")
 

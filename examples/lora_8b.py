@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from illada.training.recipe import train_recipe
 
+if len(sys.argv) < 4:
+    sys.exit(__doc__)
 chats, output, question, *settings = sys.argv[1:]
 recipe = Path(__file__).with_suffix(".yaml")
 train_recipe(str(recipe), [f"train_data={chats}", f"output_dir={output}", *settings])

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from illada.training.recipe import train_recipe
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 documents, output, *settings = sys.argv[1:]
 recipe = Path(__file__).with_suffix(".yaml")
 trainer = train_recipe(str(recipe), [f"train_data={documents}", f"output_dir={output}", *settings])

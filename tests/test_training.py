@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from illada import ILLaDAForCausalLM
 from illada.commands.main import main
 from illada.training.data import MaskedDiffusionCollator, encode, encode_records, one_per_row, pack
-from illada.training.recipe import build_trainer, read_settings, recipe_names, train_recipe
+from illada.training.recipe import build_trainer, train_recipe
 from illada.training.records import read_records
+from illada.training.settings import read_settings, recipe_names
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -79,6 +80,7 @@ def settings(tmp_path, tokenizer) -> dict:
         "train_data": str(write_jsonl(tmp_path / "train.jsonl", records)),
         "length": 48,
         "output_dir": str(tmp_path / "out"),
+        "overwrite": True,
         "max_steps": 2,
         "per_device_train_batch_size": 4,
         "learning_rate": 0.05,
@@ -435,7 +437,7 @@ BAD_DATA = {
     "empty file": ([], r"train\.jsonl: no records"),
     "not JSON": (None, r"train\.jsonl, line 2: not JSON"),
     "not an object": ([GOOD, 3], r"line 2: must be an object .* got int"),
-    "no field": ([GOOD, GOOD, {"prompt": "a"}], r"line 3: must have `messages` or `text`, got prompt"),
+    "no field": ([GOOD, GOOD, {"prompt": "a"}], r"line 3: must have `messages` or .* or `text`, got prompt"),
     "empty text": ([{"text": ""}], r"line 1: `text` must be a string that is not empty"),
     "text of a wrong type": ([{"text": 3}], r"line 1: `text` must be a string"),
     "no answer": ([{"messages": [{"role": "user", "content": "a"}]}], r"line 1: `messages` must be a list of two"),
@@ -480,7 +482,7 @@ def test_a_token_beyond_the_vocabulary_is_named(tokenizer, tmp_path):
         ("model: a\nconfig: {}\ntrain_data: b", "Exactly one of `model`"),
         ("model: a\n", "`train_data` must be set"),
         ("model: a\ntrain_data: b\nformat: chat", "`format` must be one of pretraining, sft, llada_sft"),
-        ("model: a\ntrain_data: b\nlength: long", "`length` must be an integer"),
+        ("model: a\ntrain_data: b\nlength: long", "`length` must be a whole number, got 'long'"),
     ],
 )
 def test_a_broken_recipe_is_named_by_file_line_and_field(tmp_path, text, message):
@@ -493,9 +495,9 @@ def test_a_broken_recipe_is_named_by_file_line_and_field(tmp_path, text, message
 def test_values_out_of_range_are_refused(settings, tmp_path):
     for changes, message in [
         ({"corpus_difficulty": "extreme"}, "`corpus_difficulty` must be one of easy, medium, hard, got 'extreme'"),
-        ({"corpus_opening": ["grid"]}, r"`corpus_opening` must map families to numbers, got \['grid'\]"),
+        ({"corpus_opening": ["grid"]}, r"`corpus_opening` must be a mapping, got \['grid'\]"),
         ({"corpus_opening": {"maze": 5}}, "`corpus_opening` must give a number of examples .* got 'maze': 5"),
-        ({"split_probability": 1.5}, r"`split_probability` must be in \[0, 1\], got 1.5"),
+        ({"split_probability": 1.5}, r"`split_probability` must be a number in \[0, 1\], got 1.5"),
         ({"length": 65}, "`length` must be at most the model's 64 positions, got 65"),
         ({"train_data": "absent.jsonl"}, "absent.jsonl: no such file"),
     ]:
@@ -521,6 +523,7 @@ def test_the_command_trains_and_says_what_is_wrong(settings, tmp_path, monkeypat
     with pytest.raises(SystemExit) as exit:
         runpy.run_module("illada.training", run_name="__main__")  # what `accelerate launch -m` starts
     assert exit.value.code == 0
+    assert f"training_log.json are in {settings['output_dir']}." in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["illada", "train", "absent"])
     with pytest.raises(SystemExit) as exit:
         main()

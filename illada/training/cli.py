@@ -24,4 +24,6 @@ def train(
         raise ValueError(f"`illada train` needs more: pip install 'illada[train]' ({error}).") from error
     from .recipe import train_recipe
 
-    train_recipe(recipe, settings or [])
+    trainer = train_recipe(recipe, settings or [])
+    if trainer.is_world_process_zero():
+        typer.echo(f"The model, its tokenizer and training_log.json are in {trainer.args.output_dir}.")

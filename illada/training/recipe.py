@@ -1,21 +1,17 @@
-"""The recipe: a YAML file of settings in, a trained model out, by the standard Trainer."""
+"""The recipe: settings in, a trained model out, by the standard Trainer."""
 
-import difflib
+import inspect
 import json
 import random
-import re
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 import datasets
-import yaml
 from torch.utils.data import Dataset
 from transformers import (
-    AutoModelForCausalLM,
+    AutoConfig,
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -23,179 +19,21 @@ from transformers import (
 )
 
 from ..configuration_illada import ILLaDAConfig
-from ..generation import MaskedDiffusionGenerationMixin
+from ..conversion.loading import load_whole_model
 from ..modeling_illada import ILLaDAForCausalLM
 from ..text.loading import TOKENIZER_FILES, locate
-from ..tiny.corpus import DIFFICULTIES, FAMILIES, held_out_examples
+from ..tiny.corpus import FAMILIES, held_out_examples
 from ..tiny.tokenizer import train_tokenizer
+from . import data, records
 from .data import CorpusWindows, MaskedDiffusionCollator, build_dataset, encode, encode_records, one_per_row, pack
-from .trainer import EVALUATION_SEED, MaskedDiffusionTrainer, Objective
-
-RECIPES = Path(__file__).parent / "recipes"
-CORPUS = "corpus"
-"""The word that names the package's own synthetic corpus, as data and as tokenizer."""
+from .settings import CORPUS, DataArguments, ModelArguments, check_settings, read_settings
+from .trainer import EVALUATION_SEED, MaskedDiffusionTrainer
 
 EVALUATION_EXAMPLES = 100
 """Validation examples of each family in the corpus's evaluation."""
 
-OBJECTIVES = {
-    "pretraining": Objective(),
-    "sft": Objective(),
-    "llada_sft": Objective(split_probability=0.0, keep_prompt_probability=1.0, per_response=True),
-}
-"""The published objective of each data format."""
-
-
-@dataclass
-class ModelArguments:
-    """Which model is trained.
-
-    Args:
-        model: checkpoint folder or Hub id to start from; `illada-tiny` is the embedded model.
-        config: fields of `ILLaDAConfig` for a model from scratch, instead of `model`.
-        tokenizer: folder or Hub id, the checkpoint's own if absent; `corpus` trains the embedded model's.
-        dtype: of the weights. With fp32 weights and `bf16: true`, the forward pass runs in bf16.
-        attn_implementation: `sdpa`, `flex_attention`, `flash_attention_2` ...; Transformers' choice if absent.
-        lora: fields of `peft.LoraConfig`; the whole model is trained if absent.
-        generation: fields of the generation config, for samples and for the saved model.
-    """
-
-    model: str | None = None
-    config: dict[str, Any] | None = None
-    tokenizer: str | None = None
-    dtype: str = "float32"
-    attn_implementation: str | None = None
-    lora: dict[str, Any] | None = None
-    generation: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self):
-        if (self.model is None) == (self.config is None):
-            raise ValueError("Exactly one of `model` (a checkpoint) and `config` (from scratch) must be set.")
-        if self.config is not None and self.tokenizer is None:
-            raise ValueError("`tokenizer` must be set for a model from scratch.")
-
-
-@dataclass
-class DataArguments:
-    """What it is trained on, and in which format.
-
-    Args:
-        train_data: JSONL file of `messages` or `text`, a data set's folder or Hub id, or `corpus`.
-        eval_data: likewise, for the evaluation loss; none if absent.
-        format: `pretraining` (documents packed, each its own segment), `sft` (iLLaDA's: examples concatenated) or
-            `llada_sft` (one example per row, prompt visible, EOS padding).
-        length: tokens in a window; in `llada_sft`, the most that an example may have.
-        corpus_difficulty: level of the corpus's examples: `easy`, `medium` or `hard`.
-        corpus_opening: number of examples of single families that come before the corpus's mixture.
-        streaming: whether data are tokenised during training rather than before, in the order of the file and again
-            from its beginning; `max_steps` must be set then.
-        sample_prompts: texts that the model continues at every evaluation.
-        split_probability, keep_prompt_probability: see [`Objective`]; the format's own if absent.
-        eps, stratified: see [`Objective`].
-    """
-
-    train_data: str = field(default="")
-    eval_data: str | None = None
-    format: str = "sft"
-    length: int = 1024
-    corpus_difficulty: str = "easy"
-    corpus_opening: dict[str, int] = field(default_factory=dict)
-    streaming: bool = False
-    sample_prompts: list[str] = field(default_factory=list)
-    split_probability: float | None = None
-    keep_prompt_probability: float | None = None
-    eps: float = 1e-3
-    stratified: bool = True
-
-    def __post_init__(self):
-        if not self.train_data:
-            raise ValueError("`train_data` must be set.")
-        if self.format not in OBJECTIVES:
-            raise ValueError(f"`format` must be one of {', '.join(OBJECTIVES)}, got {self.format!r}.")
-        if not isinstance(self.length, int) or self.length < 2:
-            raise ValueError(f"`length` must be an integer of at least 2, got {self.length!r}.")
-        if self.corpus_difficulty not in DIFFICULTIES:
-            raise ValueError(
-                f"`corpus_difficulty` must be one of {', '.join(DIFFICULTIES)}, got {self.corpus_difficulty!r}."
-            )
-        if not isinstance(self.corpus_opening, dict):
-            raise ValueError(f"`corpus_opening` must map families to numbers, got {self.corpus_opening!r}.")
-        for family, count in self.corpus_opening.items():
-            if family not in FAMILIES or not isinstance(count, int) or count < 0:
-                raise ValueError(
-                    f"`corpus_opening` must give a number of examples to some of {', '.join(FAMILIES)}, "
-                    f"got {family!r}: {count!r}."
-                )
-
-    @property
-    def objective(self) -> Objective:
-        given = {name: getattr(self, name) for name in ("split_probability", "keep_prompt_probability")}
-        given = {name: value for name, value in given.items() if value is not None}
-        return replace(OBJECTIVES[self.format], eps=self.eps, stratified=self.stratified, **given)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: 2e-3 is a number and `no` is a word, which YAML 1.1 reads the other way round."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$"), list("tf"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"), list("-+.0123456789")
-)
-
-
-def read_settings(
-    recipe: str, overrides: Sequence[str] = ()
-) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Reads a recipe: flat YAML of the fields of three dataclasses, the Trainer's arguments among them.
-
-    Args:
-        recipe: path of a YAML file, or the name of a recipe in the package.
-        overrides: `name=value` each, with a YAML value; they win over the file.
-
-    Raises:
-        ValueError: if the file is absent or no YAML, or a setting unknown or out of range; the message names it.
-    """
-    path = RECIPES / f"{recipe}.yaml" if (RECIPES / f"{recipe}.yaml").is_file() else Path(recipe)
-    if not path.is_file():
-        raise ValueError(f"`recipe` must be a YAML file or one of {', '.join(recipe_names())}, got {recipe!r}.")
-    settings = _load_yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: must be a mapping of settings, got {type(settings).__name__}.")
-    for override in overrides:
-        name, equals, value = override.partition("=")
-        if not equals:
-            raise ValueError(f"A setting is written name=value, got {override!r}.")
-        settings[name] = _load_yaml(value, override)
-    kinds = (ModelArguments, DataArguments, TrainingArguments)
-    names = [item.name for kind in kinds for item in fields(kind) if item.init]
-    for name in settings:
-        if name not in names:
-            nearest = difflib.get_close_matches(str(name), names, n=1)
-            hint = f": did you mean `{nearest[0]}`?" if nearest else "."
-            raise ValueError(f"{path}: `{name}` is not a setting{hint}")
-    try:
-        return HfArgumentParser(kinds).parse_dict(settings)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _load_yaml(text: str, place: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{place}{line}: not YAML, {error.problem}.") from error
-
-
-def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+MODEL_FILES = ("config.json", "adapter_config.json", "checkpoint-*")
+"""What an `output_dir` holds that was used before."""
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
@@ -207,30 +45,40 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     )
 
 
-def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> ILLaDAConfig:
+    """The configuration of the model to train, before any of its weights are loaded."""
+    if arguments.config is None:
+        config = AutoConfig.from_pretrained(locate(arguments.model, files=("config.json",)))
+        if not isinstance(config, ILLaDAConfig):
+            raise ValueError(
+                f"`model` must be a masked diffusion model, got {arguments.model!r}: {config.model_type}."
+            )
+        return config
+    if tokenizer.mask_token_id is None and "mask_token_id" not in arguments.config:
+        raise ValueError("`config` must set `mask_token_id`: the tokenizer has no mask token.")
+    special = ("bos_token_id", "pad_token_id", "eos_token_id", "mask_token_id")
+    of_tokenizer = {name: getattr(tokenizer, name) for name in special if getattr(tokenizer, name) is not None}
+    return ILLaDAConfig(**{"vocab_size": len(tokenizer), **of_tokenizer, **arguments.config})
+
+
+def load_model(arguments: ModelArguments, config: ILLaDAConfig) -> PreTrainedModel:
     """The model to train: from a checkpoint or from scratch, with LoRA adapters if asked for."""
+    settings = {"dtype": arguments.dtype, "attn_implementation": arguments.attn_implementation}
     if arguments.config is not None:
-        if tokenizer.mask_token_id is None and "mask_token_id" not in arguments.config:
-            raise ValueError("`config` must set `mask_token_id`: the tokenizer has no mask token.")
-        special = ("bos_token_id", "pad_token_id", "eos_token_id", "mask_token_id")
-        of_tokenizer = {name: getattr(tokenizer, name) for name in special if getattr(tokenizer, name) is not None}
-        config = ILLaDAConfig(**{"vocab_size": len(tokenizer), **of_tokenizer, **arguments.config})
-        model = ILLaDAForCausalLM._from_config(
-            config, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
-        )
+        model = ILLaDAForCausalLM._from_config(config, **settings)
     else:
-        model = AutoModelForCausalLM.from_pretrained(
-            locate(arguments.model), dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
-        )
-        if not isinstance(model, MaskedDiffusionGenerationMixin):
-            raise ValueError(f"`model` must be a masked diffusion model, got {arguments.model!r}.")
-    if unknown := model.generation_config.update(**arguments.generation):
-        raise ValueError(f"`generation` must hold fields of the generation config, got {', '.join(unknown)}.")
+        model = load_whole_model(locate(arguments.model), **settings)
+        # What was loaded as `illada-tiny` or by a relative path is named so in what is saved, not by a folder of this
+        # machine.
+        model.name_or_path = model.config._name_or_path = arguments.model
+    model.generation_config.update(**arguments.generation)
     if arguments.lora is None:
         return model
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    return get_peft_model(model, LoraConfig(**arguments.lora))
+    with warnings.catch_warnings():  # peft asks by a name that Transformers deprecates
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, arguments.lora_config())
 
 
 def load_data(
@@ -241,7 +89,7 @@ def load_data(
     Raises:
         ValueError: if `length` is beyond the model's positions, or a record cannot be learnt (see [`encode_records`]).
     """
-    path = Path(source)
+    code = "".join(map(inspect.getsource, (data, records)))
     return build_dataset(
         _rows,
         streaming=arguments.streaming,
@@ -251,7 +99,7 @@ def load_data(
         length=arguments.length,
         vocab_size=config.vocab_size,
         mask_token_id=config.mask_token_id,
-        modified=path.stat().st_mtime_ns if path.is_file() else 0,  # names the cache: a changed file is read anew
+        version=records.data_version(source) + code,  # names the cache: what changed is read again
     )
 
 
@@ -262,7 +110,7 @@ def _rows(
     length: int,
     vocab_size: int,
     mask_token_id: int,
-    modified: int,
+    version: str,
 ) -> Iterator[dict[str, list]]:
     max_length = None if format == "pretraining" else length  # a document may be cut, an answer may not
     encoded = encode_records(tokenizer, source, vocab_size, mask_token_id, max_length)
@@ -294,12 +142,12 @@ def build_trainer(
     Raises:
         ValueError: if the settings, the data and the model do not fit together, before any training.
     """
-    set_seed(training_arguments.seed)
+    check_settings(model_arguments, data_arguments, training_arguments)
     tokenizer = load_tokenizer(model_arguments)
-    model = load_model(model_arguments, tokenizer)
-    if data_arguments.length > model.config.max_position_embeddings:
+    config = load_config(model_arguments, tokenizer)
+    if data_arguments.length > config.max_position_embeddings:
         raise ValueError(
-            f"`length` must be at most the model's {model.config.max_position_embeddings} positions, "
+            f"`length` must be at most the model's {config.max_position_embeddings} positions, "
             f"got {data_arguments.length}."
         )
 
@@ -308,12 +156,14 @@ def build_trainer(
             return None
         if source == CORPUS:
             return _corpus(data_arguments, tokenizer, training_arguments.seed, held_out)
-        data = load_data(source, data_arguments, tokenizer, model.config)
+        rows = load_data(source, data_arguments, tokenizer, config)
         # An endless stream is one epoch, so that the Trainer finds the place of an interruption again.
-        return data.repeat(None) if data_arguments.streaming and not held_out else data
+        return rows.repeat(None) if data_arguments.streaming and not held_out else rows
 
     with training_arguments.main_process_first(desc="reading the data"):
         train_data, eval_data = load(data_arguments.train_data, False), load(data_arguments.eval_data, True)
+    set_seed(training_arguments.seed)
+    model = load_model(model_arguments, config)
     is_llada_sft = data_arguments.format == "llada_sft"
     collator = MaskedDiffusionCollator(
         pad_token_id=tokenizer.eos_token_id if is_llada_sft else model.config.pad_token_id or 0,
@@ -342,11 +192,27 @@ def train_recipe(recipe: str, overrides: Sequence[str] = ()) -> MaskedDiffusionT
 
     Returns:
         The Trainer, after training.
+
+    Raises:
+        ValueError: if the settings are wrong (see [`read_settings`] and [`build_trainer`]), or if there is a model in
+            `output_dir` which the run neither goes on from nor may overwrite.
     """
-    trainer = build_trainer(*read_settings(recipe, overrides))
+    settings = read_settings(recipe, overrides)
+    _check_output(settings[0].overwrite, settings[2])
+    trainer = build_trainer(*settings)
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
         log = json.dumps(trainer.state.log_history)
         (Path(trainer.args.output_dir) / "training_log.json").write_text(log)
     return trainer
+
+
+def _check_output(overwrite: bool, arguments: TrainingArguments):
+    output = Path(arguments.output_dir)
+    used = any(path for pattern in MODEL_FILES for path in output.glob(pattern))
+    if used and not overwrite and not arguments.resume_from_checkpoint:
+        raise ValueError(
+            f"There is a model in `output_dir` {str(output)!r}: `overwrite=true` replaces it, "
+            "`resume_from_checkpoint=true` goes on from its last checkpoint."
+        )
