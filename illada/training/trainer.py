@@ -104,11 +104,11 @@ class MaskedDiffusionTrainer(Trainer):
     Noise is added in the main process, as a function of the run's seed and of the number of each sequence in the run:
     loader workers, processes, accumulation and an interruption do not change it. `num_items_in_batch` counts the
     positions that may be masked (or the rows, with `objective.per_response`) in all micro-batches of all processes, so
-    that they give the gradient of one big batch. Logits are made for the masked positions alone.
+    that they give the gradient of one big batch. Logits are made for the masked positions only.
 
     `compute_metrics` and `predict` get `predictions` (B, S, V) and `label_ids` (B, S): the logits of the masked
-    positions with their clean tokens, and elsewhere zeros with the label -100. `preprocess_logits_for_metrics` can make
-    them smaller; `include_for_metrics: [inputs]` gives the corrupted tokens that the model read.
+    positions with their clean tokens, and elsewhere zeros with the label -100. `preprocess_logits_for_metrics` can
+    reduce them; `include_for_metrics: [inputs]` gives the corrupted tokens that the model read.
 
     Args:
         objective: what is random, and the loss's normalisation.
