@@ -23,6 +23,9 @@ class ILLaDAConfig(LlamaConfig):
         rope_full_precision (`bool`, defaults to `False`):
             Whether queries and keys are rotated in fp32 and then cast back, as LLaDA does, instead of in their own
             precision.
+        single_turn (`bool`, defaults to `False`):
+            Whether the model was trained on single messages with their answers: a chat then sends it the last message
+            only.
 
     Raises:
         ValueError: if `layer_norm_eps` is a number, if RoPE is scaled, or if a special id lies outside the vocabulary.
@@ -48,6 +51,7 @@ class ILLaDAConfig(LlamaConfig):
     tie_word_embeddings: bool = True
     resid_pdrop: float | int = 0.0
     rope_full_precision: bool = False
+    single_turn: bool = False
 
     def __post_init__(self, **kwargs):
         layer_norm_eps = kwargs.pop("layer_norm_eps", None)

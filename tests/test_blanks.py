@@ -15,7 +15,9 @@ def test_blanks_become_masks(tokenizer):
     assert ids == [0, *pieces[0], 5, 5, 5, *pieces[1], 5, *pieces[2]]
 
 
-@pytest.mark.parametrize("text, message", [("no blank here", "must hold a blank"), ("a <[MASK]*0> b", "at least one")])
+@pytest.mark.parametrize(
+    "text, message", [("no blank here", "must contain a blank"), ("a <[MASK]*0> b", "at least one")]
+)
 def test_bad_blanks(tokenizer, text, message):
     with pytest.raises(ValueError, match=message):
         encode_with_blanks(tokenizer, text, 5)

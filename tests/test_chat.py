@@ -2,20 +2,23 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from processes import heed_interrupts
 from tiny_models import random_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from illada import EMBEDDED_MODEL
+from illada import EMBEDDED_MODEL, ILLaDAConfig
 from illada.commands.conversation import Conversation
 from illada.commands.main import app
+from illada.text.prompts import sent_messages
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'][0] + ' ' + message['content'] + '\n' }}{% endfor %}"
@@ -100,12 +103,89 @@ def test_a_template_without_a_system_message_is_named():
     (error,) = result.stderr.splitlines()
     assert "chat template takes no system message" in error
     result = CliRunner().invoke(app, ["chat", "--system", "Be brief."])
-    assert isinstance(result.exception, ValueError) and "takes no system message" in str(result.exception)
+    assert result.exception.exit_code == 2 and "takes no system message" in str(result.exception)
 
 
-def test_a_checkpoint_without_a_template_is_refused(model_and_tokenizer):
-    with pytest.raises(ValueError, match="needs a checkpoint with a chat template"):
-        Conversation(model_and_tokenizer[0], tiny_tokenizer(), {}, live=False, system=None)
+def test_a_checkpoint_without_a_template_is_refused():
+    with pytest.raises(ValueError, match="a checkpoint with a chat template"):
+        Conversation(SimpleNamespace(tokenizer=tiny_tokenizer()), {})
+
+
+QUESTIONS = ["Sort the numbers: 17 4 9", "Tom has 7 apples. He buys 5 more. How many apples does Tom have now?"] * 3
+
+
+def test_a_model_of_single_turns_is_sent_the_last_message_only(tmp_path):
+    """Later answers are those that the questions get by themselves, and the chat says so once."""
+    alone = [CliRunner().invoke(app, ["chat"], input=f"{question}\n").stdout for question in QUESTIONS[:2]]
+    saved = tmp_path / "chat.json"
+    result = CliRunner().invoke(app, ["chat"], input="\n".join([*QUESTIONS, f"/save {saved}", ""]))
+    assert result.stdout == "".join(alone * 3) + f"Saved to {saved}.\n"
+    (notice,) = result.stderr.splitlines()
+    assert "by itself" in notice
+    assert [message["content"] for message in json.loads(saved.read_text())[::2]] == QUESTIONS
+
+
+def test_messages_that_are_sent():
+    system, *turns = (
+        {"role": role, "content": str(i)} for i, role in enumerate(["system", "user", "assistant", "user"])
+    )
+    single, multiple = ILLaDAConfig(single_turn=True), ILLaDAConfig()
+    assert sent_messages([system, *turns], multiple) == [system, *turns]
+    assert sent_messages([system, *turns], single) == [system, turns[-1]]
+    assert sent_messages(turns[:1], single) == turns[:1]
+    assert AutoConfig.from_pretrained(EMBEDDED_MODEL).single_turn
+
+
+def test_turns_are_retried_and_undone(checkpoint, model_and_tokenizer, tmp_path):
+    lines = [
+        "ab",
+        "cd e",
+        "/retry",
+        "/undo",
+        "/save one.json",
+        "/undo",
+        "/undo",
+        "/SAVE none.json",
+        "/QUIT",
+        "not read",
+    ]
+    with pytest.MonkeyPatch.context() as context:
+        context.chdir(tmp_path)
+        result = converse(checkpoint, lines)
+    assert result.exit_code == 0
+    history = [{"role": "user", "content": "ab"}]
+    first = reply_to(*model_and_tokenizer, history)
+    turn = [*history, {"role": "assistant", "content": first}]
+    second = reply_to(*model_and_tokenizer, [*turn, {"role": "user", "content": "cd e"}])
+    assert result.stdout.splitlines() == [first, second, second, "Saved to one.json.", "Saved to none.json."]
+    assert json.loads((tmp_path / "one.json").read_text()) == turn
+    assert json.loads((tmp_path / "none.json").read_text()) == []
+    assert "no message" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_line_goes_on_after_a_backslash(checkpoint, model_and_tokenizer):
+    result = converse(checkpoint, ["ab\\", "cd"])
+    assert result.stdout.strip() == reply_to(*model_and_tokenizer, [{"role": "user", "content": "ab\ncd"}])
+
+
+def test_a_file_in_the_home_folder_is_saved(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = converse(checkpoint, ["ab", "/save ~/chat.json", "/save ~/no/such/folder"])
+    assert len(json.loads((tmp_path / "chat.json").read_text())) == 2
+    (error,) = result.stderr.splitlines()
+    assert "/save cannot write" in error and "Errno" not in error
+
+
+def test_a_full_context_names_the_way_out(checkpoint):
+    result = converse(checkpoint, ["ab " * 12] * 6)
+    assert "/reset" in result.stderr and "64 positions" in result.stderr
+
+
+def test_blanks_of_a_message_are_filled():
+    result = CliRunner().invoke(app, ["chat"], input="Sort the numbers: 17<[MASK]> 9\n")
+    filled, answer = result.stdout.splitlines()
+    assert re.fullmatch(r"Sort the numbers: 17 \d+ 9", filled), filled
+    assert answer == CliRunner().invoke(app, ["chat"], input=f"{filled}\n").stdout.strip()
 
 
 @pytest.fixture
@@ -145,6 +225,10 @@ def test_on_a_terminal(terminal, tmp_path):
         if chat.expect_exact(["Interrupted", pexpect.TIMEOUT], timeout=12) == 0:
             break
     assert chat.after == "Interrupted"
+    chat.expect_exact("> ")
+    chat.send("\x1b[200~/nothing\nof\nthe\x1b[201~")  # a paste of three lines sends nothing until Enter is pressed
+    chat.sendline(" kind")
+    chat.expect_exact("There is no command /nothing of the kind")
     chat.expect_exact("> ")
     chat.sendline("Sort the numbers: 17 4 9")
     chat.expect_exact("\x1b[2K")  # the picture of the first step is drawn over

@@ -4,18 +4,22 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import typer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import illada
 from illada import EMBEDDED_MODEL
 from illada.commands.main import app, main
 from illada.text.blanks import encode_with_blanks
+from illada.text.prompts import encode_prompt
 
 QUESTION = "Tom has 7 apples. He buys 5 more. How many apples does Tom have now?"
 SENTENCE = "Today Tom has 3 pears and<[MASK]> cups. 3 + 4 = 7, so Tom has 7 things in all."
@@ -150,29 +154,107 @@ def test_blanks_of_a_prompt_are_filled(capsys, monkeypatch):
     assert result["text"] == tokenizer.decode(expected[input_ids.shape[1] :], skip_special_tokens=True).strip()
 
 
+TEXTS = {  # what each command is given besides the option under test
+    "generate": ["hi"],
+    "infill": [SENTENCE],
+    "revise": ["a text"],
+    "chat": [],
+    "info": [],
+    "serve": [],
+    "demo": [],
+    "convert": ["illada-tiny", "out"],
+    "export": ["out"],
+    "train": ["illada-tiny"],
+    "eval": ["--preset", "tiny-chat"],
+}
+BAD_VALUES = {
+    "--model": ["./no/such/folder", "a/b/c", "", "{empty}"],
+    "--device": ["gpu", "meta", "cuda:99", ""],
+    "--dtype": ["fp16", "int3", ""],
+    "--max-new-tokens": ["-5", "many", "9999"],
+    "--canvas": ["grow"],
+    "--guidance-scale": ["-1", "nan"],
+    "--stop": [""],
+    "--preset": ["quick"],
+    "--block-length": ["0", "x"],
+    "--steps": ["0", "-1"],
+    "--remasking": ["foo"],
+    "--confidence-threshold": ["2", "0"],
+    "--confidence-factor": ["0", "inf"],
+    "--entropy-bound": ["-1"],
+    "--block-cache": ["both"],
+    "--temperature": ["-1", "nan", "inf", "hot"],
+    "--top-p": ["1.5", "0.5"],  # the second without a temperature
+    "--top-k": ["-1", "5"],
+    "--seed": ["-1", "1e3", "99999999999999999999"],
+    "--fraction": ["3", "0"],
+    "--threshold": ["5", "nan"],
+    "--rounds": ["0"],
+    "--pause": ["-1", "nan"],
+    "--trace": ["trace.gif", "no/such/folder/trace.html", "{empty}"],
+    "--system": ["Be brief."],  # the embedded model's template takes none
+    "--host": ["no such host"],
+    "--port": ["0", "99999", "http"],
+    "--max-waiting": ["0"],
+    "--timeout": ["0", "soon", "nan"],
+    "--max-body-kib": ["0"],
+    "--to": ["gguf"],
+    "--max-shard-size": ["5 parsecs", "0"],
+    "--push": ["a/b/c"],
+}
+# Any text will do for these, or whether it does is known to a server or a file system only.
+FREE_TEXT = {"--name", "--api-key", "--allow-origin", "--base-model", "--revision"}
+ELSEWHERE = {"--license", "--adapter", "--tokenizer"}  # of export: `test_conversion_arguments.py`
+CASES = [
+    (name, max(option.opts, key=len), value)
+    for name, command in sorted(typer.main.get_command(app).commands.items())
+    for option in command.params
+    if option.param_type_name == "option" and not option.is_flag
+    for value in BAD_VALUES.get(max(option.opts, key=len), ["no value is named for this option"])
+    if max(option.opts, key=len) not in FREE_TEXT | ELSEWHERE
+]
+
+
+@pytest.mark.parametrize("command, option, value", CASES)
+def test_a_bad_value_is_refused_before_anything_is_loaded(capsys, monkeypatch, tmp_path, command, option, value):
+    """One sentence that names the option as it was typed and the value, and exit code 2."""
+
+    def load(*arguments, **settings):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    value = value.format(empty=tmp_path / "empty")
+    code, out, err = run(capsys, monkeypatch, command, *TEXTS[command], option, value)
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1, err
+    assert option in err and "Traceback" not in err
+    assert value in err or "0" in err  # `--top-p` without `--temperature` shows the temperature
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_every_option_has_bad_values():
+    """The walk above leaves no option out: a new one must be given values, or be named as free text."""
+    untested = {option for _, option, value in CASES if value == "no value is named for this option"}
+    assert not untested and {command for command, _, _ in CASES} >= set(TEXTS) - {"train"}
+
+
 @pytest.mark.parametrize(
     "arguments, code, named",
     [
-        (["generate", ""], 1, "PROMPT"),
-        (["generate", "hi", "--steps", "0"], 1, "max_denoising_steps"),
-        (["generate", "hi", "--confidence-threshold", "2"], 1, "confidence_threshold"),
-        (["generate", "hi", "--max-new-tokens", "9999"], 1, "max_new_tokens"),
-        (["generate", "hi", "--canvas", "round"], 1, "canvas"),
-        (["generate", "hi", "--preset", "faster"], 1, "preset"),
-        (["generate", "hi", "--dtype", "int3"], 1, "--dtype"),
-        (["generate", "hi", "--model", "./no/such/folder"], 1, "--model"),
-        (["chat", "--model", "./no/such/folder"], 1, "--model"),
-        (["chat", "--canvas", "round"], 1, "canvas"),
-        (["serve", "./no/such/folder"], 1, "no/such/folder"),
-        (["generate", "hi", "--trace", "trace.gif"], 1, "--trace"),
-        (["generate", "a<[MASK]*0>"], 1, "at least one token"),
-        (["generate", "hi", "--temperature", "-1"], 2, "--temperature"),
-        (["generate", "hi", "--top-p", "0.9"], 1, "--temperature"),
-        (["infill", "a <[MASK]>", "--top-k", "5"], 1, "--temperature"),
+        (["generate", ""], 2, "PROMPT"),
+        (["generate", "a<[MASK]*0>"], 2, "at least one token"),
         (["generate"], 2, "prompt"),
-        (["infill", "no blank"], 1, "blank"),
-        (["revise", "text", "--fraction", "3"], 1, "fraction"),
+        (["generate", "hi", "--tempurature", "1"], 2, "--tempurature"),
+        (["generate", "hi", "--confidence-threshold", "0.9", "--entropy-bound", "1"], 2, "--entropy-bound"),
+        (["infill", "no blank"], 2, "TEXT"),
+        (["infill", ""], 2, "TEXT"),
+        (["revise", " "], 2, "TEXT"),
+        (["revise", "text", "--fraction", "0.5", "--threshold", "0.5"], 2, "--threshold"),
+        (["generate", "a b " * 500], 2, "512 positions"),
+        (["infill", SENTENCE * 40], 2, "512 positions"),
         (["nonsense"], 2, "nonsense"),
+        (["eval", "--preset", "nonsense"], 2, "--preset"),
     ],
 )
 def test_errors_are_one_line_with_a_cause(capsys, monkeypatch, arguments, code, named):
@@ -181,22 +263,160 @@ def test_errors_are_one_line_with_a_cause(capsys, monkeypatch, arguments, code, 
     assert out == "" and len(err.splitlines()) == 1 and named.lower() in err.lower()
 
 
+RUNNING = {name: TEXTS[name] for name in ("generate", "infill", "revise", "chat", "info", "demo", "serve")}
+
+
+@pytest.mark.parametrize("command", RUNNING)
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(capsys, monkeypatch, tmp_path, command):
+    """No command runs a model with random weights in place of those that were saved."""
+    for file in EMBEDDED_MODEL.iterdir():
+        if file.suffix in (".json", ".jinja"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(EMBEDDED_MODEL / "model.safetensors")
+    faults = {
+        "prefix": {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()},
+        "lost": {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"},
+        "misshapen": tensors | {"model.norm.weight": torch.ones(3)},
+    }
+    for fault, stored in faults.items():
+        save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        code, out, err = run(capsys, monkeypatch, command, *RUNNING[command], "--model", str(tmp_path))
+        assert code == 1 and out == "" and len(err.splitlines()) == 1, (fault, err)
+        assert ("_orig_mod." if fault == "prefix" else "model.norm.weight") in err
+        assert {"prefix": "extra", "lost": "missing", "misshapen": "[3] instead of [128]"}[fault] in err
+
+
+@pytest.mark.parametrize("command", ["generate", "infill", "revise", "chat", "info", "demo", "serve"])
+def test_the_embedded_model_has_a_name(capsys, monkeypatch, tmp_path, command):
+    """`--model illada-tiny` reads the package's weights, wherever the command is run."""
+    monkeypatch.chdir(tmp_path)
+    read = []
+
+    class Read(Exception):
+        pass
+
+    def load(source, **settings):
+        read.append(Path(source))
+        raise Read
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+    code, out, err = run(capsys, monkeypatch, command, *RUNNING[command], "--model", "illada-tiny")
+    if command == "info":
+        assert code == 0 and "1,245,824" in out
+    else:
+        assert code == 1 and read == [EMBEDDED_MODEL]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A LoRA adapter of the embedded model, as training saves one, and the answer of the adapted model."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    tokenizer.save_pretrained(folder)
+    input_ids = torch.tensor([encode_prompt(tokenizer, QUESTION)])
+    output = model.generate(input_ids=input_ids, max_new_tokens=12)
+    return folder, tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("base", ["an absolute path", "illada-tiny", "a path from the adapter's folder"])
+def test_an_adapter_is_a_model(capsys, monkeypatch, adapter, base, tmp_path):
+    folder, answer = adapter
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if base != "an absolute path":
+        beside = os.path.relpath(EMBEDDED_MODEL, folder)
+        config["base_model_name_or_path"] = "illada-tiny" if base == "illada-tiny" else beside
+        folder = Path(shutil.copytree(folder, folder.parent / f"{tmp_path.name}-adapter"))
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    code, out, err = run(
+        capsys, monkeypatch, "generate", QUESTION, "--model", str(folder), "--max-new-tokens", "12", "--no-live"
+    )
+    assert (code, out.strip()) == (0, answer)
+    assert answer not in run(capsys, monkeypatch, "generate", QUESTION, "--max-new-tokens", "12")[1]
+    code, out, _ = run(capsys, monkeypatch, "info", "--model", str(folder), "--json")
+    assert code == 0 and json.loads(out)["adapter"] == str(folder)
+
+
+def test_a_tensor_of_an_adapter_that_finds_no_place_is_named(capsys, monkeypatch, adapter, tmp_path):
+    folder = Path(shutil.copytree(adapter[0], tmp_path / "adapter"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    lost = next(name for name in tensors if "layers.3.mlp.down_proj.lora_A" in name)
+    tensors[lost.replace("layers.3", "layers.33")] = tensors.pop(lost)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    code, _, err = run(capsys, monkeypatch, "generate", QUESTION, "--model", str(folder))
+    assert code == 1 and len(err.splitlines()) == 1 and "layers.33" in err
+
+
+def test_info_reads_no_weights(capsys, monkeypatch, tmp_path):
+    """The headers are enough: the tensors' bytes may be anything, and are never read."""
+    import safetensors
+
+    def forbidden(*arguments, **settings):
+        raise AssertionError("weights were read")
+
+    expected = json.loads(run(capsys, monkeypatch, "info", "--json")[1])
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
+    assert expected["parameters"] == model.num_parameters()
+    assert expected["parameters without embedding"] == model.num_parameters(exclude_embeddings=True)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", forbidden)
+    monkeypatch.setattr(safetensors.torch, "load_file", forbidden)
+    folder = Path(shutil.copytree(EMBEDDED_MODEL, tmp_path / "sparse"))
+    weights = folder / "model.safetensors"
+    size = weights.stat().st_size
+    with weights.open("r+b") as file:  # a header, and then a hole
+        header = 8 + int.from_bytes(file.read(8), "little")
+        file.truncate(header)
+        file.truncate(size)
+    assert json.loads(run(capsys, monkeypatch, "info", "--json", "--model", str(folder))[1]) == expected
+
+
+def test_an_answer_that_was_cut_says_so(capsys, monkeypatch):
+    reasons = {}
+    for budget in ("3", "64"):
+        _, out, err = run(capsys, monkeypatch, "generate", QUESTION, "--json", "--max-new-tokens", budget)
+        reasons[budget] = json.loads(out)["finish_reason"]
+    assert reasons == {"3": "length", "64": "stop"}
+    _, out, err = run(capsys, monkeypatch, "generate", QUESTION, "--json", "--stop", "has")
+    assert json.loads(out)["finish_reason"] == "stop"
+    assert "--max-new-tokens" in run(capsys, monkeypatch, "generate", QUESTION, "--max-new-tokens", "3")[2]
+    assert "--max-new-tokens" not in run(capsys, monkeypatch, "generate", QUESTION)[2]
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["help"], ["generate", "-h"]])
+def test_help_has_short_names(capsys, monkeypatch, arguments):
+    code, out, err = run(capsys, monkeypatch, *arguments)
+    assert (code, err) == (0, "") and "Usage:" in out
+
+
 def test_broken_checkpoints_are_one_line_errors(capsys, monkeypatch, tmp_path, tiny_model):
     (tmp_path / "empty").mkdir()
     code, _, err = run(capsys, monkeypatch, "info", "--model", str(tmp_path / "empty"))
-    assert code == 1 and len(err.splitlines()) == 1 and "config.json" in err
+    assert code == 2 and len(err.splitlines()) == 1 and "config.json" in err
 
     tiny_model.save_pretrained(tmp_path / "cut")
+    AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    code, _, err = run(capsys, monkeypatch, "info", "--model", str(tmp_path / "cut"))
-    assert code == 1 and len(err.splitlines()) == 1 and "safetensors file" in err
+    for command in ("info", "chat"):
+        code, _, err = run(capsys, monkeypatch, command, "--model", str(tmp_path / "cut"))
+        assert code == 1 and len(err.splitlines()) == 1 and "safetensors file" in err
 
 
 def test_a_model_of_another_kind_is_refused(capsys, monkeypatch, tmp_path):
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(tmp_path)
     code, _, err = run(capsys, monkeypatch, "infill", SENTENCE, "--model", str(tmp_path))
-    assert code == 1 and len(err.splitlines()) == 1 and "masked diffusion" in err
+    assert code == 2 and len(err.splitlines()) == 1 and "masked diffusion" in err
+
+
+def test_a_repository_that_cannot_be_reached_is_named(capsys, monkeypatch):
+    code, _, err = run(capsys, monkeypatch, "generate", "hi", "--model", "nobody/nothing")
+    assert code == 1 and len(err.splitlines()) == 1 and "`--model`" in err and "nobody/nothing" in err
 
 
 def test_interrupt_has_its_own_exit_code(capsys, monkeypatch):

@@ -5,8 +5,11 @@ import re
 
 import pytest
 import torch
+from rich.console import Console
+from rich.text import Text
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from illada.commands.live import COMMITTED_STYLE, DRAFT_STYLE, LiveDenoising
+from illada.commands.live import COMMITTED_STYLE, DRAFT_STYLE, LiveDenoising, run_generate
 from illada.text.trace import check_trace_path, trace_tokens, write_trace
 from illada.tiny.tokenizer import train_tokenizer
 
@@ -56,7 +59,7 @@ def test_text_cannot_break_out_of_the_page(tmp_path, tokenizer, output):
 def test_bad_paths(tmp_path, tokenizer, output):
     with pytest.raises(ValueError, match="html"):
         write_trace(tmp_path / "trace.gif", tokenizer, output)
-    with pytest.raises(ValueError, match="existing folder"):
+    with pytest.raises(ValueError, match="`path` must be a file in an existing folder"):
         write_trace(tmp_path / "no" / "trace.png", tokenizer, output)
 
 
@@ -79,3 +82,46 @@ def test_live_view_shows_settled_committed_and_drafted_tokens(tokenizer, tiny_mo
         drafted = sum(step.confidence[0].isfinite()) - step.committed[0].sum()
         assert drafted == 6 - count
         assert any(span.style == DRAFT_STYLE for span in text.spans) == (drafted > 0)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what is read from the device: single numbers, and tensors as lists."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count = 0
+        tolist = torch.Tensor.tolist
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: self._counted(tolist, tensor))
+
+    def _counted(self, read, tensor):
+        self.count += 1
+        return read(tensor)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        names = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        self.count += function in names
+        return function(*args, **(kwargs or {}))
+
+
+def test_live_view_reads_the_device_once_per_step(tokenizer, tiny_model, monkeypatch):
+    steps = []
+    tiny_model.generate(PROMPT, max_new_tokens=24, block_length=24, eos_token_id=None, on_step=steps.append)
+    live = LiveDenoising(tokenizer, PROMPT.shape[1], eos_token_ids=[2])
+    with Reads(monkeypatch) as reads:
+        live.render(steps[5])
+    assert reads.count == 1
+
+
+def test_live_view_of_a_tall_text_shows_its_end(tokenizer):
+    live = LiveDenoising(tokenizer, 0, eos_token_ids=[])
+    live.console = Console(width=10, height=5)
+    words = [f"word{index}" for index in range(30)]
+    lines = live._fit(Text(" ".join(words))).plain.splitlines()
+    assert len(lines) == 4 and lines[-1].strip() == "word29" and lines[0].strip() == "word26"
+
+
+def test_live_view_waits_after_each_step(tokenizer, tiny_model, monkeypatch):
+    waits = []
+    monkeypatch.setattr("illada.commands.live.time.sleep", waits.append)
+    run_generate(tiny_model, tokenizer, PROMPT[0].tolist(), 0.25, max_new_tokens=4, eos_token_id=None)
+    assert waits == [0.25] * 5  # one for the blank of the prompt

@@ -1,6 +1,7 @@
 """Denoising shown live on a terminal: settled text plain, drafts in colour, what is not yet predicted as blocks."""
 
 import sys
+import time
 from itertools import groupby
 
 import torch
@@ -13,19 +14,31 @@ from ..denoising import DenoisingStep
 from ..generation import MaskedDiffusionGenerationOutput
 
 DRAFT_STYLE, COMMITTED_STYLE = "dim yellow", "bold green"
+STYLES = ("", DRAFT_STYLE, COMMITTED_STYLE)
 
 
 class LiveDenoising:
     """A context manager whose instance is `generate`'s `on_step` for one prompt.
 
     Settled tokens are plain, those that the last step committed are green, current guesses of masked positions are
-    yellow. The picture is removed on exit, for the caller to print the settled text.
+    yellow. Of a text that is taller than the terminal the end is shown. The picture is removed on exit, for the caller
+    to print the settled text.
+
+    Args:
+        prompt_length (`int`): in tokens.
+        eos_token_ids (`list[int]`): the first of them after the prompt ends what is shown.
+        pause (`float`): seconds to wait after each step.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, eos_token_ids: list[int]):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, eos_token_ids: list[int], pause: float = 0.0
+    ):
         self.tokenizer, self.prompt_length = tokenizer, prompt_length
-        self.eos_token_ids = eos_token_ids
-        self.live = Live(console=Console(), transient=True, auto_refresh=False)
+        self.eos_token_ids, self.pause = set(eos_token_ids), pause
+        self.console = Console()
+        # What goes to a file must not be drawn on the terminal.
+        redirect_stderr = sys.stderr.isatty()
+        self.live = Live(console=self.console, transient=True, auto_refresh=False, redirect_stderr=redirect_stderr)
 
     def __enter__(self):
         self.live.__enter__()
@@ -35,40 +48,43 @@ class LiveDenoising:
         self.live.__exit__(*exception)
 
     def __call__(self, step: DenoisingStep):
-        self.live.update(self.render(step), refresh=True)
+        self.live.update(self._fit(self.render(step)), refresh=True)
+        time.sleep(self.pause)
+
+    def _fit(self, text: Text) -> Text:
+        """The last lines of the text, as many as the terminal has room for."""
+        lines = text.wrap(self.console, self.console.width)
+        return Text("\n").join(lines[-max(1, self.console.height - 1) :])
 
     def render(self, step: DenoisingStep) -> Text:
         """The response so far (the whole text where blanks of the prompt are filled), up to its first EOS."""
-        tokens = step.tokens[0].clone()
-        styles = [""] * len(tokens)
-        undecided = (step.confidence[0].isfinite() & ~step.committed[0]).nonzero().squeeze(-1) + step.start
-        for column in undecided.tolist():
-            styles[column] = DRAFT_STYLE
-        for column in (step.committed[0].nonzero().squeeze(-1) + step.start).tolist():
-            styles[column] = COMMITTED_STYLE
-        tokens[step.start : step.end] = step.proposals[0]
+        shown = step.tokens[0].clone()
+        shown[step.start : step.end] = step.proposals[0]
+        style = torch.zeros_like(shown)
+        drafted = step.confidence[0].isfinite() & ~step.committed[0]
+        style[step.start : step.end] = drafted + 2 * step.committed[0]
+        tokens, styles = torch.stack([shown, style]).tolist()  # one read of the device
         start = 0 if step.start < self.prompt_length else self.prompt_length
-        is_eos = torch.isin(tokens, torch.tensor(self.eos_token_ids, dtype=torch.long, device=tokens.device))
-        after_prompt = is_eos[self.prompt_length :].nonzero()
-        end = self.prompt_length + int(after_prompt[0]) if len(after_prompt) else len(tokens)
+        eos = (column for column in range(self.prompt_length, len(tokens)) if tokens[column] in self.eos_token_ids)
+        end = next(eos, len(tokens))
         text = Text()
-        for style, run in groupby(range(start, end), key=styles.__getitem__):
-            text.append(self.tokenizer.decode(tokens[list(run)], skip_special_tokens=True), style=style)
+        for index, run in groupby(range(start, end), key=styles.__getitem__):
+            ids = [tokens[column] for column in run]
+            text.append(self.tokenizer.decode(ids, skip_special_tokens=True), style=STYLES[index])
         return text
 
 
-def is_live(asked: bool | None) -> bool:
-    """Whether to show the denoising: what was asked, else whether standard output is a terminal."""
-    return sys.stdout.isatty() if asked is None else asked
-
-
 def run_generate(
-    model, tokenizer: PreTrainedTokenizerBase, input_ids: list[int], live: bool, **settings
+    model, tokenizer: PreTrainedTokenizerBase, input_ids: list[int], pause: float | None, **settings
 ) -> MaskedDiffusionGenerationOutput:
-    """What `model.generate` returns for one prompt and these settings; the denoising is shown, if asked."""
+    """What `model.generate` returns for one prompt and these settings.
+
+    Args:
+        pause (`float`, *optional*): seconds to wait after each step that is shown; nothing is shown if absent.
+    """
     prompt = torch.tensor([input_ids], device=model.device)
     settings = {"tokenizer": tokenizer, "return_dict_in_generate": True, **settings}
-    if not live:
+    if pause is None:
         return model.generate(prompt, **settings)
-    with LiveDenoising(tokenizer, len(input_ids), model.generation_config.eos_token_ids) as show:
+    with LiveDenoising(tokenizer, len(input_ids), model.generation_config.eos_token_ids, pause) as show:
         return model.generate(prompt, on_step=show, **settings)

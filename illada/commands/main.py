@@ -12,6 +12,7 @@ from ..demo.cli import demo
 from ..evaluation.cli import CONTEXT_SETTINGS, evaluate
 from ..training.cli import train
 from .chat import chat
+from .errors import Command
 from .generate import generate
 from .infill import infill
 from .info import info
@@ -24,7 +25,8 @@ app = typer.Typer(
     name="illada",
     help="Masked diffusion language models: generate, chat, fill blanks, revise, serve, train, evaluate, convert.",
     epilog=EXIT_CODES,
-    no_args_is_help=True,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
@@ -38,16 +40,28 @@ def _print_version(asked: bool):
 
 @app.callback()
 def illada(
+    context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+        bool,
+        typer.Option("--version", "-V", help="Print the version and stop.", callback=_print_version, is_eager=True),
     ] = False,
 ):
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command("help", hidden=True)
+def print_help(context: typer.Context):
+    """Print what `illada --help` prints.
+
+    Example: `illada help`
+    """
+    print(context.parent.get_help())
 
 
 for _command in (generate, infill, revise, info, chat, convert, export, train, demo, serve):
-    app.command()(_command)
-app.command("eval", context_settings=CONTEXT_SETTINGS)(evaluate)
+    app.command(cls=Command)(_command)
+app.command("eval", cls=Command, context_settings=CONTEXT_SETTINGS)(evaluate)
 
 for _registered in app.registered_commands:
     _registered.epilog = EXIT_CODES
@@ -69,4 +83,4 @@ def main():
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"illada: {message}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(getattr(error, "exit_code", 1))

@@ -1,19 +1,17 @@
 """`illada serve`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..generation_config import MaskedDiffusionGenerationConfig
-from ..text.loading import locate
 from .address import bind
-from .options import DecodingOptions, ModelOptions, expand_options
+from .options import DecodingOptions, ModelOptions, check_settings, expand_options
 
 
 @expand_options
 def serve(
-    checkpoint: ModelOptions,
+    source: ModelOptions,
     decoding: DecodingOptions,
     max_new_tokens: Annotated[
         int | None,
@@ -56,13 +54,14 @@ def serve(
     settings = decoding.settings()
     if max_new_tokens is not None:
         settings["max_new_tokens"] = max_new_tokens
-    MaskedDiffusionGenerationConfig.merged(None, None, **settings)  # refuses bad ones before the weights are loaded
+    check_settings(settings)
+    checkpoint = source.open()
+    check_settings(settings, checkpoint)
     listener = bind(host, port)
-    model, tokenizer = checkpoint.load()
+    model = source.load(checkpoint)
     model.generation_config = MaskedDiffusionGenerationConfig.merged(model.generation_config, None, **settings)
-    place = locate(checkpoint.model, "--model")
-    name = name or (Path(place).resolve().name if Path(place).is_dir() else place)
     options = ServerOptions(api_key, timeout, max_body_kib * 1024, allow_origin or [])
-    app = build_app(Worker(model, max_waiting), tokenizer, name, options)
+    name = name or checkpoint.name
+    app = build_app(Worker(model, max_waiting), checkpoint.tokenizer, name, options)
     print(f"Serving {name} at http://{host}:{port}/v1 (Ctrl-C ends it).", flush=True)
     uvicorn.Server(uvicorn.Config(app)).run(sockets=[listener])

@@ -9,7 +9,7 @@ from ..configuration_illada import ILLaDAConfig
 from ..llada_names import standard_name
 from ..modeling_illada import ILLaDAForCausalLM
 from .formats import EMBEDDING, HEAD, Format
-from .reading import FLOATING_DTYPES, CheckpointError, CheckpointTensors, ModelTensors
+from .reading import FLOATING_DTYPES, CheckpointError, CheckpointTensors, ModelTensors, TensorInfo
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING_DTYPES.values()}
 
@@ -55,28 +55,12 @@ def make_plan(
         CheckpointError: lists the tensors that are missing, extra, misshapen, duplicate or of a dtype that cannot be
             written.
     """
-    sources: dict[str, str] = {}
-    duplicates = []
-    for name in source.infos:
-        duplicates += [name, sources[standard_name(name)]] if standard_name(name) in sources else []
-        sources[standard_name(name)] = name
-
-    expected = expected_shapes(config)
-    head_may_be_absent = config.tie_word_embeddings
-    problems = {
-        "missing": [name for name in expected if name not in sources and not (name == HEAD and head_may_be_absent)],
-        "extra": [stored for name, stored in sources.items() if name not in expected],
-        "misshapen": [
-            f"{stored} {list(source.infos[stored].shape)} instead of {list(expected[name])}"
-            for name, stored in sources.items()
-            if name in expected and source.infos[stored].shape != expected[name]
-        ],
-        "duplicate": duplicates,
-        "wrong dtype": _wrong_dtypes(source, dtype),
-    }
+    sources, problems = match_tensors(source.infos, config)
+    problems["wrong dtype"] = _wrong_dtypes(source, dtype)
     if any(problems.values()):
         raise CheckpointError(source.name, problems)
 
+    expected = expected_shapes(config)
     tied = config.tie_word_embeddings and (HEAD not in sources or source.equal(sources[HEAD], sources[EMBEDDING]))
     names = [name for name in expected if name != HEAD or not tied]
     if tied and target.stores_tied_head:
@@ -90,6 +74,35 @@ def make_plan(
         dtype=dtype,
         tied=tied,
     )
+
+
+def match_tensors(infos: dict[str, TensorInfo], config: ILLaDAConfig) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Which stored tensor is which of those that `config` asks for.
+
+    Args:
+        infos (`dict[str, TensorInfo]`): of the stored tensors, by name.
+
+    Returns:
+        Standard name to stored name, and the problems of [`CheckpointError`]; no list has an element if all fit.
+    """
+    sources: dict[str, str] = {}
+    duplicates = []
+    for name in infos:
+        duplicates += [name, sources[standard_name(name)]] if standard_name(name) in sources else []
+        sources[standard_name(name)] = name
+
+    expected = expected_shapes(config)
+    head_may_be_absent = config.tie_word_embeddings
+    return sources, {
+        "missing": [name for name in expected if name not in sources and not (name == HEAD and head_may_be_absent)],
+        "extra": [stored for name, stored in sources.items() if name not in expected],
+        "misshapen": [
+            f"{stored} {list(infos[stored].shape)} instead of {list(expected[name])}"
+            for name, stored in sources.items()
+            if name in expected and infos[stored].shape != expected[name]
+        ],
+        "duplicate": duplicates,
+    }
 
 
 def expected_shapes(config: ILLaDAConfig) -> dict[str, tuple[int, ...]]:

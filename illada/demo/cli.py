@@ -1,20 +1,17 @@
 """`illada demo`: serves the web page."""
 
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..commands.address import bind
 from ..commands.options import ModelOptions, expand_options
-from ..text.loading import locate
-from ..tiny import EMBEDDED_MODEL
 
 
 @expand_options
 def demo(
-    checkpoint: ModelOptions,
+    source: ModelOptions,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 serves the whole network.")] = "127.0.0.1",
     port: Annotated[
         int | None, typer.Option(help="Port to listen on.", min=1, max=65535, show_default="the first free from 7860")
@@ -30,12 +27,10 @@ def demo(
         from .page import CSS, THEME, build_page
     except ModuleNotFoundError as error:
         raise ValueError(f"`illada demo` needs Gradio: pip install 'illada[demo]' ({error}).") from error
-    if port is not None:
-        bind(host, port).close()
-    model, tokenizer = checkpoint.load()
-    place = locate(checkpoint.model, "--model")
-    is_embedded = Path(place).resolve() == EMBEDDED_MODEL
-    page = build_page(model, tokenizer, EMBEDDED_MODEL.name if is_embedded else place, is_embedded)
+    checkpoint = source.open()
+    bind(host, port or 0).close()
+    model, tokenizer = source.load(checkpoint), checkpoint.tokenizer
+    page = build_page(model, tokenizer, checkpoint.name, checkpoint.is_embedded)
     page.launch(
         server_name=host,
         server_port=port,

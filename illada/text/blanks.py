@@ -7,6 +7,13 @@ from transformers import PreTrainedTokenizerBase
 _BLANK = re.compile(r" ?<\[MASK\](?:\*(\d+))?>")
 
 
+def check_blanks(text: str):
+    """Raises a `ValueError` if `text` has no blank, or one of no tokens."""
+    if not _BLANK.search(text):
+        raise ValueError(f"`text` must contain a blank such as <[MASK]> or <[MASK]*4>, got {text!r}.")
+    spell_blanks(text, "")
+
+
 def encode_with_blanks(tokenizer: PreTrainedTokenizerBase, text: str, mask_token_id: int) -> list[int]:
     """Token ids of `text`, begun with BOS if the tokenizer has one, in which each blank is so many [MASK] ids.
 
@@ -15,8 +22,7 @@ def encode_with_blanks(tokenizer: PreTrainedTokenizerBase, text: str, mask_token
     Raises:
         ValueError: if `text` has no blank, or one of no tokens.
     """
-    if not _BLANK.search(text):
-        raise ValueError(f"The text must hold a blank such as <[MASK]> or <[MASK]*4>, got {text!r}.")
+    check_blanks(text)
     input_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     pieces = _BLANK.split(text)  # text, length, text, length, ..., text
     for index, piece in enumerate(pieces):
@@ -38,6 +44,23 @@ def spell_blanks(text: str, mask_token: str) -> str:
         return mask_token * _length(blank[1], text)
 
     return _BLANK.sub(spelled, text)
+
+
+def fill_blanks(
+    tokenizer: PreTrainedTokenizerBase, text: str, input_ids: list[int], filled_ids: list[int], mask_token_id: int
+) -> str:
+    """`text` with the tokens that were written into its blanks.
+
+    Args:
+        input_ids (`list[int]`): the prompt that contains the text, with `mask_token_id` for the tokens of its blanks.
+        filled_ids (`list[int]`): the same prompt after the blanks were filled.
+    """
+    written = iter([new for old, new in zip(input_ids, filled_ids, strict=True) if old == mask_token_id])
+
+    def filled(blank: re.Match) -> str:
+        return tokenizer.decode([next(written) for _ in range(_length(blank[1], text))], skip_special_tokens=True)
+
+    return _BLANK.sub(filled, text)
 
 
 def _length(digits: str | None, text: str) -> int:

@@ -1,6 +1,6 @@
 """A prompt as token ids: by the chat template where there is one, else as plain text."""
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], chat: bool | None = None) -> list[int]:
@@ -23,3 +23,17 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], 
         raise ValueError("`chat` needs a checkpoint with a chat template, and this one has none.")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def sent_messages(messages: list[dict], config: PreTrainedConfig) -> list[dict]:
+    """The messages that a checkpoint is sent for an answer to the last one.
+
+    All of them, or, if the checkpoint's `config.single_turn` says that it never saw a conversation, the system message
+    and the last message.
+
+    Args:
+        messages (`list[dict]`): each with `role` and `content`.
+    """
+    if not getattr(config, "single_turn", False):
+        return messages
+    return [message for message in messages[:-1] if message["role"] == "system"] + messages[-1:]

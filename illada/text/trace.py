@@ -17,11 +17,11 @@ def check_trace_path(path: Path | None):
     if path is None:
         return
     if path.suffix not in FORMATS:
-        raise ValueError(f"`--trace` must end with {' or '.join(FORMATS)}, got {str(path)!r}.")
-    if not path.parent.is_dir():
-        raise ValueError(f"`--trace` must lie in an existing folder, got {str(path)!r}.")
+        raise ValueError(f"`path` must end with {' or '.join(FORMATS)}, got {str(path)!r}.")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"`path` must be a file in an existing folder, got {str(path)!r}.")
     if path.suffix == ".png" and find_spec("matplotlib") is None:
-        raise ValueError("`--trace` needs matplotlib for a .png: `pip install matplotlib`, or name an .html file.")
+        raise ValueError("`path` needs matplotlib for a .png: `pip install matplotlib`, or name an .html file.")
 
 
 def trace_tokens(
