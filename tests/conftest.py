@@ -1,12 +1,19 @@
 import os
 from pathlib import Path
 
-import pytest
-import torch
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the Hub
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is a worker for each core: one thread each, and in what they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if config.option.markexpr == "not slow":
+        return "soak and size tests are left out: `pytest -m slow` runs them, as .ci/run does"
 
 
 @pytest.fixture(autouse=True)
