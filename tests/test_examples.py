@@ -64,3 +64,9 @@ def test_examples_on_chats(run_example, chats, tmp_path, capsys, name):
     is_adapter = (tmp_path / "output" / "adapter_model.safetensors").is_file()
     assert is_adapter == name.startswith("lora")
     assert (tmp_path / "output" / "model.safetensors").is_file() != is_adapter
+
+
+@pytest.mark.parametrize("name", ["pretrain_from_scratch", "finetune_on_chats", "lora", "lora_8b"])
+def test_without_arguments_an_example_says_how_it_is_called(run_example, name):
+    with pytest.raises(SystemExit, match=rf"(?s)python examples/{name}\.py \w+\.jsonl"):
+        run_example(name, settings=[])
