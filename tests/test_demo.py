@@ -348,6 +348,15 @@ def test_the_conversation_that_the_model_is_told_of():
     assert session.shown_turns() == [("user", "a"), ("assistant", "b░c"), ("user", "lost")]
 
 
+def test_a_checkpoint_says_whether_it_is_sent_the_conversation(page, model, tokenizer, monkeypatch):
+    from illada.demo.page import Page
+
+    assert (page.remember.value, page.remember.visible) == (False, False)
+    monkeypatch.setattr(model.config, "single_turn", False, raising=False)
+    other = Page(model, tokenizer, "another", is_embedded=False)
+    assert (other.remember.value, other.remember.visible) == (True, True)
+
+
 def test_a_fault_of_the_model_keeps_what_was_said(page, monkeypatch):
     import gradio as gr
 

@@ -77,8 +77,10 @@ class Page:
         if is_embedded:
             gr.Examples(examples.prompts(), self.message, label="Messages that training never saw")
         with gr.Row():
-            # The embedded model has learnt single questions and answers.
-            self.remember = gr.Checkbox(not is_embedded, label="Send the conversation so far with each message")
+            takes_history = not getattr(self.model.config, "single_turn", is_embedded)
+            self.remember = gr.Checkbox(
+                takes_history, visible=takes_history, label="Send the conversation so far with each message"
+            )
             self.clear = gr.Button("Clear the conversation", size="sm", elem_id="clear")
 
     def _build_filling(self, is_embedded: bool):
