@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..generation_config import MaskedDiffusionGenerationConfig
 from ..text.blanks import spell_blanks
-from ..text.prompts import encode_prompt
+from ..text.prompts import encode_prompt, sent_messages
 from .errors import ApiError
 from .requests import ChatBody, CompletionBody, TextBody
 
@@ -43,6 +43,7 @@ class PromptEncoder:
         generation_config: MaskedDiffusionGenerationConfig,
     ):
         self.tokenizer, self.generation_config = tokenizer, generation_config
+        self.config = config
         self.mask_token_id = generation_config.mask_token_id
         self.vocab_size, self.num_positions = config.vocab_size, config.max_position_embeddings
 
@@ -50,7 +51,7 @@ class PromptEncoder:
         """The conversation by the chat template."""
         if self.tokenizer.chat_template is None:
             raise ApiError(400, "This model has no chat template: ask /v1/completions.", "messages")
-        messages = [message.for_template() for message in body.messages]
+        messages = sent_messages([message.for_template() for message in body.messages], self.config)
         try:
             input_ids = encode_prompt(self.tokenizer, messages, chat=True)
         except TemplateError as error:
