@@ -267,6 +267,7 @@ def test_a_refused_input_changes_nothing_on_the_page(visitor, model, tokenizer):
 
 @needs_browser
 def test_on_a_phone_the_denoising_is_above_what_is_typed(visitor):
+    visitor.click("button[role=tab]", "Chat")
     visitor.driver.set_window_size(500, 844)
     try:
         visitor.wait(lambda: visitor.find("#canvas").rect["width"] < 500, "the page is not narrow")
@@ -289,7 +290,7 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "illada.demo.page", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
     result = CliRunner().invoke(app, ["demo"])
-    assert isinstance(result.exception, ValueError) and "pip install 'illada[demo]'" in str(result.exception)
+    assert result.exit_code != 0 and "pip install 'illada[demo]'" in str(result.exception)
 
 
 @pytest.fixture(scope="module")

@@ -500,7 +500,9 @@ def test_options_are_listed_and_unknown_ones_refused():
 
 
 def test_what_is_wrong_is_said_before_the_model_is_loaded(monkeypatch):
-    monkeypatch.setattr("illada.commands.options.load", lambda *_, **__: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(
+        "illada.commands.options.ModelOptions.load", lambda *_, **__: pytest.fail("the model is loaded")
+    )
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for options, reason in (
