@@ -1,10 +1,10 @@
-"""Keys and values kept between the steps of a block, so that a step recomputes a few columns instead of the canvas.
+"""Keys and values kept between the passes of a block, so that a pass computes a few columns instead of whole texts.
 
 The attention is inherited and unmodified: it hands its keys and values to `Cache.update` and attends to what comes
-back. A *full* forward pass, of the whole canvas, leaves them here; a *block* forward pass runs on the columns that are
-to be recomputed, writes theirs in place and sees everything. The buffers are allocated once.
+back. A *full* pass, of whole texts, leaves them here; a *block* pass runs on the columns that are to be recomputed,
+writes theirs in place and sees everything.
 
-This is an approximation: under attention in both directions the keys of a prefix depend on the block behind it, and
+This is an approximation: under attention in both directions the keys of a prefix depend on the block after it, and
 here they stay as they were in the last full pass (Fast-dLLM, arXiv 2505.22618: prefix cache and dual cache).
 """
 
@@ -13,14 +13,16 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .canvas import Row
+
 
 @dataclass
 class Window:
-    """What the next forward pass writes and sees.
+    """What the next pass writes and sees.
 
     Attributes:
         index (`torch.LongTensor` of shape `(R * W,)`): where each token goes, as `slot * num_columns + column`.
-        num_visible (`int`, *optional*): columns that are seen; only the pass's own if absent, in a full forward.
+        num_visible (`int`, *optional*): columns that are seen; only the pass's own if absent, in a full pass.
     """
 
     index: torch.LongTensor
@@ -30,23 +32,37 @@ class Window:
 class BlockCacheLayer(CacheLayerMixin):
     """One layer's keys and values: two buffers of shape (slots, columns, heads, head size).
 
-    A slot is one sequence of the forward pass. A column's keys are one piece of memory, so that a block is written in
-    one copy, whatever columns its rows have.
+    A slot is one sequence of the pass. A column's keys are one piece of memory, so that a block is written in one
+    copy, whatever columns its rows have.
     """
 
     is_sliding = False
 
-    def __init__(self, num_slots: int, num_columns: int, window: Window):
+    def __init__(self, window: Window):
         super().__init__()
-        self.num_slots, self.num_columns, self.window = num_slots, num_columns, window
+        self.num_slots = self.num_columns = 0
+        self.window = window
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor):
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (
-            states.new_zeros(self.num_slots, self.num_columns, states.shape[1], states.shape[3])
-            for states in (key_states, value_states)
-        )
+        self.keys, self.values = (self._buffer(states.shape[1], states.shape[3]) for states in (key_states, value_states))
         self.is_initialized = True
+
+    def _buffer(self, num_heads: int, head_size: int) -> torch.Tensor:
+        with torch.inference_mode(False):  # a later call may write into it outside inference mode
+            shape = self.num_slots, self.num_columns, num_heads, head_size
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def grow(self, num_slots: int, num_columns: int):
+        """Makes room, and keeps what is there."""
+        self.num_slots, self.num_columns = num_slots, num_columns
+        if not self.is_initialized:
+            return
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = self._buffer(*old.shape[2:])
+            new[: old.shape[0], : old.shape[1]] = old
+            setattr(self, name, new)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -78,79 +94,89 @@ class StaticBlockCacheLayer(BlockCacheLayer):
 
     is_compileable = True
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor):
-        super().lazy_initialization(key_states, value_states)
-        for buffer in (self.keys, self.values):
-            torch._dynamo.mark_static_address(buffer)
+    def _buffer(self, num_heads: int, head_size: int) -> torch.Tensor:
+        buffer = super()._buffer(num_heads, head_size)
+        torch._dynamo.mark_static_address(buffer)
+        return buffer
 
 
 class BlockCache(Cache):
-    """Keys and values of a canvas, for the models of this package.
+    """Keys and values of rows that come and go, for the models of this package.
 
-    Rows of the canvas sit in places of `num_branches` neighbouring slots (two with guidance: conditional and
-    unconditional). The last column is *scratch*: what is written there is never seen. It takes the tokens with which
-    a row is filled up to the width of others.
+    A row has a place of `num_branches` neighbouring slots (two with guidance: conditional and unconditional). The rows
+    of a block pass have the first places, so that it reads the buffers as they are. The last column is *scratch*: what
+    is written there is never seen. It takes the tokens with which a row is filled up to the width of others.
 
     Args:
-        num_layers (`int`), num_rows (`int`), num_branches (`int`).
-        num_columns (`int`): the longest canvas, and one more.
+        num_layers (`int`), num_branches (`int`).
     """
 
     layer_class = BlockCacheLayer
 
-    def __init__(self, num_layers: int, num_rows: int, num_columns: int, num_branches: int = 1):
-        self.num_rows, self.num_columns, self.num_branches = num_rows, num_columns, num_branches
-        self.rows = self.places = torch.arange(0)
-        self.window = Window(self.rows)
-        num_slots = num_rows * num_branches
-        super().__init__(layers=[self.layer_class(num_slots, num_columns, self.window) for _ in range(num_layers)])
+    def __init__(self, num_layers: int, num_branches: int = 1):
+        self.num_branches = num_branches
+        self.num_rows = self.num_columns = 0
+        self.places: dict[Row, int] = {}
+        self.window = Window(torch.arange(0))
+        super().__init__(layers=[self.layer_class(self.window) for _ in range(num_layers)])
 
-    def seat(self, rows: torch.LongTensor):
-        """Gives `rows` (R,), indices of the canvas on the host, the first R places; a full forward must follow."""
-        self.rows, self.places = rows, torch.arange(len(rows))
+    def reserve(self, num_rows: int, num_columns: int):
+        """Makes room for so many rows and columns (the longest text, and one more)."""
+        if num_rows <= self.num_rows and num_columns <= self.num_columns:
+            return
+        self.num_rows = max(num_rows, self.num_rows)
+        self.num_columns = max(num_columns, self.num_columns)
+        for layer in self.layers:
+            layer.grow(self.num_rows * self.num_branches, self.num_columns)
 
-    def retain(self, rows: torch.LongTensor):
-        """Gives up all rows but these. `self.rows` is then their order in the first places.
+    def seat(self, part: list[Row], full: list[Row]) -> list[Row]:
+        """Gives the rows of the next block pass the first places, and those whose keys a full pass replaces the next.
 
-        Only rows behind the first R places move, to places that became free: nothing is copied but them.
+        Only rows of `part` beyond the first places move, to places that are free: nothing is copied but them. Returns
+        `part` in the order of its places.
         """
-        stays = torch.isin(self.rows, rows)
-        count = len(rows)
-        free = (~stays[:count]).nonzero().squeeze(-1)
-        moving = count + stays[count:].nonzero().squeeze(-1)
-        order = self.rows[:count].clone()
-        order[free] = self.rows[moving]
-        self.rows, self.places = order, torch.arange(count)
-        if len(moving) == 0:
+        count = len(part)
+        moving = [row for row in part if self.places[row] >= count]
+        free = sorted(set(range(count)) - {self.places[row] for row in part})
+        self._move([self.places[row] for row in moving], free)
+        places = {row: self.places[row] for row in part} | dict(zip(moving, free))
+        part = sorted(part, key=places.__getitem__)
+        self.places = places | {row: count + place for place, row in enumerate(full)}
+        return part
+
+    def _move(self, old: list[int], new: list[int]):
+        if not old:
             return
         for layer in self.layers:
             for buffer in (layer.keys, layer.values):
                 places = buffer.unflatten(0, (-1, self.num_branches))
-                places[free.to(buffer.device)] = places[moving.to(buffer.device)]
+                places[torch.tensor(new, device=buffer.device)] = places[torch.tensor(old, device=buffer.device)]
 
-    def num_visible(self, length: int) -> int:
-        """How many columns a block forward sees when the canvas has `length`."""
-        return length
+    def release(self, row: Row):
+        """Gives up the row's place."""
+        self.places.pop(row, None)
 
-    def look_at(self, columns: torch.LongTensor, num_visible: int | None = None):
-        """Sets what the next forward pass writes, `columns` (R, W) of the rows here, and how many columns it sees."""
+    def place(self, row: Row) -> int:
+        """Where the row's slots are."""
+        return self.places[row]
+
+    def look_at(self, rows: list[Row], columns: torch.LongTensor, num_visible: int | None = None):
+        """Sets what the next pass writes, `columns` (R, W) of `rows`, and how many columns it sees."""
         branches = torch.arange(self.num_branches)
-        slots = (self.places.unsqueeze(-1) * self.num_branches + branches).flatten().to(columns.device)
+        places = torch.tensor([self.place(row) for row in rows])
+        slots = (places.unsqueeze(-1) * self.num_branches + branches).flatten()
         columns = columns.repeat_interleave(self.num_branches, dim=0)
         self.window.index = (slots.unsqueeze(-1) * self.num_columns + columns).flatten()
         self.window.num_visible = num_visible
 
 
 class StaticBlockCache(BlockCache):
-    """A [`BlockCache`] whose block forwards have one shape: every row keeps its own place, and takes part always."""
+    """A [`BlockCache`] for passes of one shape: every row keeps its own place, and all places take part always."""
 
     layer_class = StaticBlockCacheLayer
 
-    def seat(self, rows: torch.LongTensor):
-        self.rows = self.places = rows
+    def seat(self, part: list[Row], full: list[Row]) -> list[Row]:
+        return part
 
-    def retain(self, rows: torch.LongTensor):
-        self.rows = self.places = torch.arange(self.num_rows)
-
-    def num_visible(self, length: int) -> int:
-        return self.num_columns
+    def place(self, row: Row) -> int:
+        return row.index

@@ -1,4 +1,8 @@
-"""The canvas: the texts being written, what is known of each row, and the order in which its masks are decoded."""
+"""The canvas: the texts being written, each in a row of its own, with the block of each that is being decoded.
+
+It lives on the host. What a pass needs is uploaded, and what it decides comes back in one piece, so that everything
+else (which masks are left, where a text ends, what a listener is told) costs no wait for the device.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,117 +10,171 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .generation_config import MaskedDiffusionGenerationConfig
 
-@dataclass
-class Block:
-    """Positions that are decoded together: those in columns `start:end` that `active` (B, end - start) marks."""
 
-    start: int
+@dataclass(eq=False)
+class Row:
+    """A row of the canvas: one text, from its admission to its end. A token is in the column of its position.
+
+    Attributes:
+        index (`int`): of the row in the canvas.
+        settings ([`MaskedDiffusionGenerationConfig`]): with every field set that the loop reads.
+        prompt_length (`int`), end (`int`): columns of the prompt; of the prompt and all that may be written.
+        length (`int`): columns that the model sees. A growing canvas adds a block at a time; what is to the right of
+            them is not there.
+        block (`torch.LongTensor` of shape `(N,)`): the columns that are being decoded together, in rising order.
+        blocks (`Iterator`): the blocks after it.
+        num_passes (`int`): passes in which the row took part.
+        block_passes (`int`): those of them since the block was opened.
+    """
+
+    index: int
+    settings: MaskedDiffusionGenerationConfig
+    prompt_length: int
     end: int
-    active: torch.BoolTensor
+    length: int
+    block: torch.LongTensor | None = None
+    blocks: Iterator[torch.LongTensor] = iter(())
+    num_passes: int = 0
+    block_passes: int = 0
+
+    @property
+    def is_in_response(self) -> bool:
+        """Whether the block is of the response, and not of the prompt's blanks, which are filled before it."""
+        return int(self.block[0]) >= self.prompt_length
 
 
 class Canvas:
-    """A batch of B texts in S columns: padding on the left, prompt, then response. S grows with the canvas.
+    """The rows' texts: B rows of S columns, on the host. S grows with the longest text.
 
     Attributes:
         tokens (`torch.LongTensor` of shape `(B, S)`): [MASK] where nothing is decided yet.
-        attention_mask (`torch.BoolTensor` of shape `(B, S)`): False for padding.
-        position_ids (`torch.LongTensor` of shape `(B, S)`): counts the tokens of a row, padding left out.
         given (`torch.BoolTensor` of shape `(B, S)`): True for the tokens that the caller gave.
-        live (`torch.BoolTensor` of shape `(B,)`): True for rows that are not finished.
-        ends (`torch.LongTensor` of shape `(B,)`): the column after the last token of a finished row.
-        num_forward_passes (`torch.LongTensor` of shape `(B,)`): passes in which the row took part.
         commit_steps (`torch.LongTensor` of shape `(B, S)`): the row's pass that decided the position; 0 if none did.
         commit_confidences (`torch.FloatTensor` of shape `(B, S)`): probability of the token then; NaN if none did.
+        num_remasks (`torch.LongTensor` of shape `(B, S)`): how often the position was masked again.
     """
 
-    def __init__(self, input_ids: torch.LongTensor, attention_mask: torch.BoolTensor, mask_token_id: int):
-        batch_size, self.prompt_length = input_ids.shape
+    def __init__(self, num_rows: int, mask_token_id: int):
         self.mask_token_id = mask_token_id
-        self.tokens = input_ids.clone()
-        self.attention_mask = attention_mask
-        self.position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        self.given = attention_mask & (input_ids != mask_token_id)
-        self.live = torch.ones(batch_size, dtype=torch.bool, device=input_ids.device)
-        self.ends = torch.zeros(batch_size, dtype=torch.long, device=input_ids.device)
-        self.num_forward_passes = torch.zeros_like(self.ends)
-        self.commit_steps = torch.zeros_like(input_ids)
-        self.commit_confidences = torch.full(input_ids.shape, torch.nan, device=input_ids.device)
+        self.tokens = torch.full((num_rows, 0), mask_token_id)
+        self.given = torch.zeros((num_rows, 0), dtype=torch.bool)
+        self.commit_steps = torch.zeros((num_rows, 0), dtype=torch.long)
+        self.commit_confidences = torch.full((num_rows, 0), torch.nan)
+        self.num_remasks = torch.zeros((num_rows, 0), dtype=torch.long)
+
+    def admit(
+        self, index: int, prompt: torch.LongTensor, max_new_tokens: int, settings: MaskedDiffusionGenerationConfig
+    ) -> Row:
+        """Lays a prompt (S,) into row `index`, on a fixed canvas with all masks of the response after it."""
+        end = len(prompt) + max_new_tokens
+        if (count := end - self.tokens.shape[1]) > 0:
+            self.tokens = F.pad(self.tokens, (0, count), value=self.mask_token_id)
+            self.given = F.pad(self.given, (0, count), value=False)
+            self.commit_steps = F.pad(self.commit_steps, (0, count), value=0)
+            self.commit_confidences = F.pad(self.commit_confidences, (0, count), value=torch.nan)
+            self.num_remasks = F.pad(self.num_remasks, (0, count), value=0)
+        self.tokens[index] = self.mask_token_id
+        self.tokens[index, : len(prompt)] = prompt
+        self.given[index] = False
+        self.given[index, : len(prompt)] = prompt != self.mask_token_id
+        self.commit_steps[index] = 0
+        self.commit_confidences[index] = torch.nan
+        self.num_remasks[index] = 0
+        length = end if settings.canvas == "fixed" else len(prompt)
+        row = Row(index, settings, len(prompt), end, length)
+        row.blocks = self._blocks(row, settings.block_length)
+        return row
+
+    def _blocks(self, row: Row, block_length: int) -> Iterator[torch.LongTensor]:
+        """The columns of each block in the order of decoding: blanks of the prompt first, then the response.
+
+        A growing row grows when the block after its last column is asked for.
+        """
+        blanks = (~self.given[row.index, : row.prompt_length]).nonzero().squeeze(-1)
+        if len(blanks):
+            yield from blanks.split(block_length)
+        for start in range(row.prompt_length, row.end, block_length):
+            end = min(start + block_length, row.end)
+            row.length = max(row.length, end)
+            yield torch.arange(start, end)
+
+    def text(self, row: Row, end: int | None = None) -> torch.LongTensor:
+        """The row's tokens up to column `end`, else all that the model sees."""
+        return self.tokens[row.index, : row.length if end is None else end]
+
+    def settled_length(self, row: Row) -> int:
+        """Columns up to the row's first mask: what will not change any more."""
+        masked = (self.text(row) == self.mask_token_id).nonzero()
+        return int(masked[0]) if len(masked) else row.length
+
+
+class ActiveBlocks:
+    """The active blocks of R rows of a canvas, side by side in W columns.
+
+    Attributes:
+        rows (`list[Row]`).
+        index (`torch.LongTensor` of shape `(R, 1)`): the rows' places in the canvas.
+        columns (`torch.LongTensor` of shape `(R, W)`): the blocks' columns in the canvas, 0 where a block is shorter.
+        exists (`torch.BoolTensor` of shape `(R, W)`): False where a block is shorter than the widest.
+    """
+
+    def __init__(self, canvas: Canvas, rows: list[Row]):
+        self.canvas, self.rows = canvas, rows
+        sizes = [len(row.block) for row in rows]
+        width = max(sizes)
+        self.index = torch.tensor([[row.index] for row in rows])
+        self.columns = torch.stack([F.pad(row.block, (0, width - size)) for row, size in zip(rows, sizes)])
+        self.exists = torch.arange(width) < torch.tensor(sizes).unsqueeze(-1)
 
     @property
-    def length(self) -> int:
-        """S, in tokens."""
-        return self.tokens.shape[1]
+    def tokens(self) -> torch.LongTensor:
+        """(R, W): what stands there now."""
+        return self.canvas.tokens[self.index, self.columns]
+
+    @property
+    def texts(self) -> torch.LongTensor:
+        """(R, S): the rows' texts, [MASK] after a row's end."""
+        return self.canvas.tokens[self.index.squeeze(-1), : max(row.length for row in self.rows)]
+
+    @property
+    def num_remasks(self) -> torch.LongTensor:
+        """(R, W): how often each position was masked again."""
+        return self.canvas.num_remasks[self.index, self.columns]
 
     @property
     def masked(self) -> torch.BoolTensor:
-        """(B, S): what is still to be decided."""
-        return self.attention_mask & (self.tokens == self.mask_token_id)
-
-    def append_masks(self, count: int):
-        """Adds `count` masked columns on the right."""
-        self.tokens = F.pad(self.tokens, (0, count), value=self.mask_token_id)
-        self.attention_mask = F.pad(self.attention_mask, (0, count), value=True)
-        last, steps = self.position_ids[:, -1:], torch.arange(1, count + 1, device=self.tokens.device)
-        self.position_ids = torch.cat([self.position_ids, last + steps], dim=-1)
-        self.given = F.pad(self.given, (0, count), value=False)
-        self.commit_steps = F.pad(self.commit_steps, (0, count), value=0)
-        self.commit_confidences = F.pad(self.commit_confidences, (0, count), value=torch.nan)
-
-    def blanks(self, block_length: int) -> Iterator[Block]:
-        """The masks inside the prompt, `block_length` of each row at a time, from left to right."""
-        masked = self.masked[:, : self.prompt_length]
-        group = (masked.cumsum(-1) - 1) // block_length
-        for index in range(int(group.max()) + 1):
-            yield Block(0, self.prompt_length, masked & (group == index))
-
-    def block(self, start: int, end: int) -> Block:
-        """All masks in columns `start:end` behind the prompt."""
-        return Block(start, end, self.masked[:, start:end])
-
-    def undecided(self, block: Block) -> torch.BoolTensor:
-        """(B, W): the masks of the block that are still to be decided, in rows that are not finished."""
-        is_mask = self.tokens[:, block.start : block.end] == self.mask_token_id
-        return block.active & is_mask & self.live.unsqueeze(-1)
+        """(R, W): what is still to be decided."""
+        return self.exists & (self.tokens == self.canvas.mask_token_id)
 
     def commit(
         self,
-        rows: torch.LongTensor,
-        positions: tuple[torch.LongTensor, torch.LongTensor],
         tokens: torch.LongTensor,
         confidences: torch.Tensor,
         committed: torch.BoolTensor,
+        remasked: torch.BoolTensor | None,
     ):
-        """Counts a pass of `rows` (R,), and writes its tokens (M,) where `committed` (M,), with step and confidence.
+        """Counts a pass of the rows; writes tokens where `committed`, [MASK] where `remasked`; all (R, W)."""
+        canvas = self.canvas
+        for row in self.rows:
+            row.num_passes += 1
+            row.block_passes += 1
+        place, column = committed.nonzero(as_tuple=True)
+        where = self.index[place, 0], self.columns[place, column]
+        canvas.tokens[where] = tokens[place, column]
+        canvas.commit_steps[where] = torch.tensor([row.num_passes for row in self.rows])[place]
+        canvas.commit_confidences[where] = confidences[place, column]
+        if remasked is not None:
+            place, column = remasked.nonzero(as_tuple=True)
+            where = self.index[place, 0], self.columns[place, column]
+            canvas.tokens[where] = canvas.mask_token_id
+            canvas.commit_steps[where] = 0
+            canvas.commit_confidences[where] = torch.nan
+            canvas.num_remasks[where] += 1
 
-        `positions` are the rows and columns (M,) of the masks that were predicted.
-        """
-        self.num_forward_passes[rows] += 1
-        self.tokens[positions] = torch.where(committed, tokens, self.mask_token_id)
-        self.commit_steps[positions] = torch.where(committed, self.num_forward_passes[positions[0]], 0)
-        confidences = confidences.to(self.commit_confidences.dtype)
-        self.commit_confidences[positions] = torch.where(committed, confidences, torch.nan)
-
-    def finish(self, finished: torch.BoolTensor, ends: torch.LongTensor):
-        """Finishes the rows of `finished` (B,), whose texts end before the columns `ends` (B,). The least counts."""
-        self.ends = torch.where(finished & (self.live | (ends < self.ends)), ends, self.ends)
-        self.live = self.live & ~finished
-
-    def finish_at_eos(self, eos_token_ids: torch.LongTensor):
-        """Finishes the rows in which everything before the first EOS of the response is decided."""
-        if self.length == self.prompt_length:
-            return
-        response = self.tokens[:, self.prompt_length :]  # the prompt's blanks are decided before it
-        is_eos = torch.isin(response, eos_token_ids)
-        is_after_mask = (response == self.mask_token_id).cumsum(-1) > 0
-        first_eos = is_eos.int().argmax(-1, keepdim=True)
-        is_settled = is_eos.any(-1) & ~is_after_mask.gather(-1, first_eos).squeeze(-1)
-        self.finish(is_settled, self.prompt_length + first_eos.squeeze(-1) + 1)
-
-    def settled_length(self, row: int) -> int:
-        """Columns of a row that will not change: up to its end, its first mask, or the whole canvas."""
-        if not self.live[row]:
-            return int(self.ends[row])
-        masked = self.masked[row]
-        return int(masked.int().argmax()) if masked.any() else self.length
+    def first_eos(self, eos_token_ids: torch.LongTensor) -> list[int | None]:
+        """For each row the column of its block's first EOS, if nothing before it is masked: there its text ends."""
+        is_end = self.exists & torch.isin(self.tokens, eos_token_ids) & (self.masked.cumsum(-1) == 0)
+        first = self.columns.gather(-1, is_end.int().argmax(-1, keepdim=True)).squeeze(-1)
+        return [column if found else None for column, found in zip(first.tolist(), is_end.any(-1).tolist())]

@@ -1,166 +1,171 @@
-"""One denoising step: predict the masks of a block, propose tokens, commit some of them."""
+"""One denoising step of rows with the same settings: propose a token for every mask, and decide which to commit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers.generation import LogitsProcessorList
 
-from .canvas import Block, Canvas
+from .canvas import ActiveBlocks, Row
+from .commit_rules import MAX_REMASKS, CommitRule, quota_of
+from .end_of_thinking import EndOfThinkingBoost
 from .generation_config import MaskedDiffusionGenerationConfig
 from .logits import forbid_mask
-from .prediction import Predictor
-from .remasking import (
-    RANKINGS,
-    Prediction,
-    commit_by_entropy_bound,
-    commit_by_factor,
-    commit_by_quota,
-    commit_by_threshold,
-)
+from .step import Prediction, Step
 
 
 @dataclass
 class DenoisingStep:
-    """What a step did, as `on_step` receives it. R counts the rows that took part, W the columns of the block.
+    """What a pass did to one text, as `on_step` receives it; on the host. Columns count the text's own tokens.
 
     Attributes:
-        rows (`torch.LongTensor` of shape `(R,)`): their indices in the batch.
-        start (`int`), end (`int`): the columns of the block.
-        tokens (`torch.LongTensor` of shape `(R, S)`): the canvas after the step.
-        proposals (`torch.LongTensor` of shape `(R, W)`): the block, with this step's predictions where it was masked.
-        committed (`torch.BoolTensor` of shape `(R, W)`): the positions that the step committed.
-        confidence (`torch.FloatTensor` of shape `(R, W)`): probability of each prediction; NaN where there was none.
+        row (`int`): index of the text in the batch.
+        columns (`torch.LongTensor` of shape `(N,)`): the positions of the active block.
+        tokens (`torch.LongTensor` of shape `(S,)`): the text after the pass, [MASK] where nothing is decided.
+        proposals (`torch.LongTensor` of shape `(N,)`): the block, with this pass's predictions where it was masked.
+        committed (`torch.BoolTensor` of shape `(N,)`): the positions that the pass committed.
+        confidence (`torch.FloatTensor` of shape `(N,)`): probability of each prediction; NaN where there was none.
+        num_forward_passes (`int`): passes in which the text has taken part, this one included.
     """
 
-    rows: torch.LongTensor
-    start: int
-    end: int
+    row: int
+    columns: torch.LongTensor
     tokens: torch.LongTensor
     proposals: torch.LongTensor
     committed: torch.BoolTensor
     confidence: torch.FloatTensor
+    num_forward_passes: int
 
 
-PositionProcessor = Callable[[torch.LongTensor, torch.LongTensor, torch.LongTensor, torch.Tensor], torch.Tensor]
-"""Changes logits (M, V) knowing where they stand: (tokens (B, S), rows (M,), columns (M,), logits) -> logits."""
-
-
+@dataclass(eq=False)
 class Denoiser:
-    """Runs denoising steps on a canvas.
+    """The settings of a request, with what the loop makes of them once.
 
     Args:
-        predictor ([`Predictor`]): gives the logits of masked positions of the canvas.
-        canvas ([`Canvas`]): read and written.
-        config ([`MaskedDiffusionGenerationConfig`]): with every field set.
-        processors (`LogitsProcessorList`): applied to logits before confidence is taken.
-        warpers (`LogitsProcessorList`): applied to what is sampled from, after confidence is taken.
-        position_processors (`list` of [`PositionProcessor`]): applied after `processors`.
-        generator (`torch.Generator`, *optional*): source of the noise.
-        listeners (`list` of `Callable`): each is called with the [`DenoisingStep`] after a step.
+        config ([`MaskedDiffusionGenerationConfig`]): with every field set that the loop reads.
+        rule ([`CommitRule`]), ranking (`Callable`): which proposals are committed.
+        processors (`LogitsProcessorList`): applied before confidence is taken.
+        warpers (`LogitsProcessorList`): applied to sample, and not seen by confidence.
+        boost ([`EndOfThinkingBoost`], *optional*).
+        device (`torch.device`), dtype (`torch.dtype`): the model's.
     """
 
-    def __init__(
+    config: MaskedDiffusionGenerationConfig
+    rule: CommitRule
+    ranking: Callable[[Step], torch.Tensor]
+    processors: LogitsProcessorList
+    warpers: LogitsProcessorList
+    boost: EndOfThinkingBoost | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @cached_property
+    def eos_token_ids(self) -> torch.LongTensor:
+        return torch.tensor(self.config.eos_token_ids, dtype=torch.long)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a source of noise is needed."""
+        return bool(self.config.do_sample) or self.config.remasking == "random"
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether there are processors, which must see a row's text as it is without its neighbours."""
+        return bool(self.processors or self.warpers)
+
+    def __call__(
         self,
-        predictor: Predictor,
-        canvas: Canvas,
-        config: MaskedDiffusionGenerationConfig,
-        processors: LogitsProcessorList,
-        warpers: LogitsProcessorList,
-        position_processors: list[PositionProcessor],
-        generator: torch.Generator | None,
-        listeners: list[Callable[[DenoisingStep], None]],
-    ):
-        self.predictor, self.canvas, self.config = predictor, canvas, config
-        self.processors, self.warpers, self.position_processors = processors, warpers, position_processors
-        self.generator, self.listeners = generator, listeners
-        self.eos_token_ids = torch.tensor(config.eos_token_ids, dtype=torch.long, device=canvas.tokens.device)
+        blocks: ActiveBlocks,
+        predicted: torch.BoolTensor,
+        logits: torch.Tensor,
+        rule: CommitRule,
+        requests: Sequence,
+    ) -> torch.Tensor:
+        """Decides for the rows of `blocks`, each with its request, from the logits of `predicted` (R, W) positions.
 
-    def __call__(self, block: Block, quota: torch.LongTensor) -> bool:
-        """Predicts the block's masks with one forward pass and commits at least `quota` (B,) of each row.
-
-        Returns whether there was a mask in a live row.
+        Returns:
+            `torch.IntTensor` of shape `(4, R, W)` on the model's device: tokens, the bits of their probabilities in
+            fp32, which to commit, and which to mask again.
         """
-        undecided = self.canvas.undecided(block).cpu()  # the one time that a step waits for the device
-        rows = undecided.any(-1).nonzero().squeeze(-1)
-        if len(rows) == 0:
-            return False
-        rows = self.predictor.seat(rows)
-        masked = undecided[rows]
-        row_index, column = masked.nonzero(as_tuple=True)
-        logits = self.predictor(row_index, block.start + column)
+        counts = predicted.sum(-1).tolist()
+        places, columns = predicted.nonzero(as_tuple=True)
+        texts = self._texts(blocks, places) if self.reads_texts else None
+        logits = self._process(blocks, predicted, texts, logits, requests)
+        generators = [request.generator for request in requests]
+        tokens = self._propose(texts, counts, logits, generators)
+        masked = blocks.masked
+        if rule.may_remask:
+            standing = blocks.tokens[places, columns].to(self.device)
+            tokens = torch.where(masked[places, columns].to(self.device), tokens, standing)
 
-        rows, masked, row_index, column = (tensor.to(quota.device) for tensor in (rows, masked, row_index, column))
-        positions = (rows[row_index], block.start + column)
-        logits = self._process(positions, logits)
-        prediction = Prediction(logits, self._propose(positions, logits))
-        committed = self._select(prediction, masked, quota[rows])
-        self.canvas.commit(rows, positions, prediction.tokens, prediction.probability, committed[row_index, column])
-        if self.listeners:
-            self._tell(block, rows, masked, prediction, committed)
-        return True
+        def noise() -> torch.Tensor:
+            device = self.device
+            return torch.cat([torch.rand(n, generator=g, device=device) for n, g in zip(counts, generators)])
 
-    def _process(self, positions: tuple[torch.LongTensor, torch.LongTensor], logits: torch.Tensor) -> torch.Tensor:
+        step = Step(
+            Prediction(logits, tokens),
+            *(tensor.to(self.device, non_blocking=True) for tensor in (blocks.columns, masked, predicted)),
+            quota=self._quotas(blocks.rows),
+            noise=noise,
+            deferred_token_ids=self.eos_token_ids.to(self.device) if self.config.defer_eos else None,
+            read_canvas=lambda: blocks.texts.to(self.device),
+        )
+        step.rank(self.ranking)
+        decision = rule(step)
+        commit = decision.commit & step.masked
+        commit |= step.best_ranked((~commit.any(-1)).long())  # no pass without progress
+        remask = torch.zeros_like(commit)
+        if decision.remask is not None:
+            remask = decision.remask & step.predicted & ~step.masked
+            remask &= (blocks.num_remasks < MAX_REMASKS).to(self.device)
+        probability = step.probability.float().view(torch.int32)
+        return torch.stack([step.tokens.int(), probability, commit.int(), remask.int()])
+
+    def _texts(self, blocks: ActiveBlocks, places: torch.LongTensor) -> torch.LongTensor:
+        """(M, S): for each predicted position the text that it stands in."""
+        return blocks.texts[places].to(self.device)
+
+    def _process(self, blocks, predicted, texts, logits, requests) -> torch.Tensor:
         """The logits that confidence is taken from; [MASK] itself is never a prediction."""
         if self.processors:
-            logits = self.processors(self._canvas_per_mask(positions), logits)
-        for process in self.position_processors:
-            logits = process(self.canvas.tokens, *positions, logits)
-        return forbid_mask(logits, self.canvas.mask_token_id)
+            logits = self.processors(texts, logits)
+        if self.boost is not None or any(request.min_new_tokens for request in requests):
+            self._adjust(blocks, predicted, logits, requests)
+        return forbid_mask(logits, blocks.canvas.mask_token_id)
 
-    def _propose(self, positions: tuple[torch.LongTensor, torch.LongTensor], logits: torch.Tensor) -> torch.LongTensor:
-        """A token (M,) for every masked position: the likeliest, or a sample."""
+    def _adjust(self, blocks: ActiveBlocks, predicted: torch.BoolTensor, logits: torch.Tensor, requests: Sequence):
+        """Applies in place what depends on where a position is: the least length, and the end-of-thinking boost."""
+        early, boosted, start = [], [], 0
+        for line, (row, request) in enumerate(zip(blocks.rows, requests)):
+            columns = blocks.columns[line, predicted[line]].tolist()
+            first_eos = row.prompt_length + request.min_new_tokens
+            early += [start + i for i, column in enumerate(columns) if row.prompt_length <= column < first_eos]
+            if self.boost is not None:
+                first = int(blocks.columns[line, blocks.masked[line]][0])
+                raised = self.boost(blocks.canvas.text(row), first, row.prompt_length, request.max_new_tokens)
+                boosted += [] if raised is None else [(start + columns.index(first), *raised)]
+            start += len(columns)
+        if early:
+            logits[torch.tensor(early, device=self.device).unsqueeze(-1), self.eos_token_ids.to(self.device)] = -torch.inf
+        if boosted:
+            index, token_ids, amounts = (torch.tensor(values, device=self.device) for values in zip(*boosted))
+            logits[index, token_ids] += amounts.to(logits.dtype)
+
+    def _propose(self, texts, counts, logits, generators) -> torch.LongTensor:
+        """A token (M,) for every predicted position: the likeliest, or a sample by each row's own noise."""
         if not self.config.do_sample:
             return logits.argmax(-1)
         if self.warpers:
-            logits = self.warpers(self._canvas_per_mask(positions), logits)
-        return torch.multinomial(logits.softmax(-1), 1, generator=self.generator).squeeze(-1)
+            logits = self.warpers(texts, logits)
+        # An exponential race: the token with the least E_v / p_v, E_v ~ Exp(1), has the probability p_v.
+        probabilities = logits.softmax(-1)
+        noise = torch.empty_like(probabilities)
+        for part, generator in zip(noise.split(counts), generators):
+            part.exponential_(generator=generator)
+        return (probabilities / noise).argmax(-1)
 
-    def _canvas_per_mask(self, positions: tuple[torch.LongTensor, torch.LongTensor]) -> torch.LongTensor:
-        """(M, S): for each masked position the canvas of its row, in which padding reads as [MASK]."""
-        canvas = self.canvas
-        return canvas.tokens.masked_fill(~canvas.attention_mask, canvas.mask_token_id)[positions[0]]
-
-    def _select(self, prediction: Prediction, masked: torch.BoolTensor, quota: torch.LongTensor) -> torch.BoolTensor:
-        """The positions (R, W) to commit: the quota of the best ranked, and what the parallel rule adds."""
-        config = self.config
-        scores, probability = RANKINGS[config.remasking](prediction, self.generator), prediction.probability
-        if config.defer_eos:
-            is_eos = torch.isin(prediction.tokens, self.eos_token_ids)
-            scores = scores.masked_fill(is_eos, torch.finfo(scores.dtype).min)
-            probability = probability.masked_fill(is_eos, 0)
-        committed = commit_by_quota(_scatter(scores, masked, -torch.inf), masked, quota)
-        if config.confidence_threshold is not None:
-            committed |= commit_by_threshold(_scatter(probability, masked, 0), masked, config.confidence_threshold)
-        if config.confidence_factor is not None:
-            committed |= commit_by_factor(_scatter(probability, masked, 0), masked, config.confidence_factor)
-        if config.entropy_bound is not None:
-            entropies = prediction.entropy
-            if config.defer_eos:
-                entropies = entropies.masked_fill(is_eos, torch.inf)
-            committed |= commit_by_entropy_bound(_scatter(entropies, masked, torch.inf), masked, config.entropy_bound)
-        return committed
-
-    def _tell(self, block, rows, masked, prediction: Prediction, committed: torch.BoolTensor):
-        """Calls the listeners, with the rows in the order of the batch."""
-        order = rows.argsort()
-        rows, masked, committed, tokens, confidence = (
-            tensor[order]
-            for tensor in (
-                rows,
-                masked,
-                committed,
-                _scatter(prediction.tokens, masked, 0),
-                _scatter(prediction.probability, masked, torch.nan),
-            )
-        )
-        canvas_tokens = self.canvas.tokens[rows]
-        proposals = torch.where(masked, tokens, canvas_tokens[:, block.start : block.end])
-        step = DenoisingStep(rows, block.start, block.end, canvas_tokens, proposals, committed, confidence)
-        for listener in self.listeners:
-            listener(step)
-
-
-def _scatter(values: torch.Tensor, masked: torch.BoolTensor, fill: float) -> torch.Tensor:
-    """Spreads values (M,) over the True positions of `masked` (R, W), `fill` elsewhere."""
-    return torch.full(masked.shape, fill, dtype=values.dtype, device=values.device).masked_scatter(masked, values)
+    def _quotas(self, rows: list[Row]) -> torch.LongTensor:
+        num_steps = self.config.max_denoising_steps or self.config.block_length
+        quotas = [quota_of(len(row.block), num_steps, row.block_passes) for row in rows]
+        return torch.tensor(quotas, device=self.device)

@@ -1,13 +1,12 @@
 """Generation by iterative denoising: `generate` for masked diffusion language models.
 
-There is one loop. A *canvas* holds prompt and masks (`canvas.py`); a *schedule* says which masks are decoded together,
-block after block; a *denoising step* predicts the masks of the block and commits some (`denoising.py`,
-`remasking.py`). A growing canvas, a fixed one and the filling of blanks are schedules over the same loop.
+`generate` prepares settings and prompts, and hands each prompt as a request to the engine (`engine.py`), which holds
+the one loop. A growing canvas, a fixed one and the filling of blanks differ in the blocks of a row (`canvas.py`).
 """
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,20 +19,23 @@ from transformers.generation import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.generation.configuration_utils import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .adapters import check_adapters
-from .canvas import Block, Canvas
-from .denoising import Denoiser, DenoisingStep, PositionProcessor
+from .canvas import Canvas
+from .commit_rules import rule_of
+from .compiled import CompiledPasses, CompiledPredictor
+from .denoising import Denoiser, DenoisingStep
 from .end_of_thinking import EndOfThinkingBoost
+from .engine import Engine, Request, RequestResult
 from .generation_config import MaskedDiffusionGenerationConfig
 from .inherited import RefusesWritingFromLeftToRight
-from .prediction import Predictor
+from .prediction import CachedPredictor, FullPredictor, Predictor, is_guided
 from .prompts import prepare_max_new_tokens, prepare_prompts
-from .remasking import commit_quotas
+from .rankings import RANKINGS
 from .revision import RevisionOutput, check_revision, least_likely, leave_one_out_confidences
-
 
 @dataclass
 class MaskedDiffusionGenerationOutput(ModelOutput):
@@ -121,7 +123,7 @@ class MaskedDiffusionGenerationMixin(RefusesWritingFromLeftToRight, GenerationMi
         Raises:
             ValueError: names the argument, its value and what is allowed, before the first forward pass.
         """
-        # 1. Settings, prompts, canvas
+        # 1. Settings and prompts
         check_adapters(self, "`generate`")
         for name, value, kind in (
             ("generation_config", generation_config, GenerationConfig),
@@ -140,43 +142,45 @@ class MaskedDiffusionGenerationMixin(RefusesWritingFromLeftToRight, GenerationMi
         input_ids, attention_mask = prepare_prompts(input_ids, attention_mask, config, self.config.vocab_size)
         max_new_tokens = prepare_max_new_tokens(input_ids, attention_mask, config, self.config.max_position_embeddings)
         input_ids, attention_mask = (
-            tensor.to(self._execution_device).repeat_interleave(config.num_return_sequences or 1, 0)
+            tensor.cpu().repeat_interleave(config.num_return_sequences or 1, 0)
             for tensor in (input_ids, attention_mask)
         )
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
             raise ValueError(f"`streamer` must have the methods `put` and `end`, got {streamer!r}.")
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(f"`streamer` must be given with one prompt, got a batch of {len(input_ids)}.")
-        stopping_criteria = self._prepare_stopping_criteria(config, stopping_criteria, tokenizer)
-        processors, warpers = self._prepare_logits_processors(config, logits_processor)
-        position_processors = self._prepare_position_processors(config, input_ids.shape[1], max_new_tokens)
-        eos_token_ids = torch.tensor(config.eos_token_ids, dtype=torch.long, device=input_ids.device)
-        canvas = Canvas(input_ids, attention_mask, config.mask_token_id)
-        settled_text = _SettledText(streamer, canvas)
-        listeners = [settled_text.stream_draft] if hasattr(streamer, "put_draft") else []
-        if on_step is not None:
-            listeners.append(on_step)
-        predictor = Predictor(self, canvas, config, input_ids.shape[1] + max_new_tokens)
-        denoise = Denoiser(predictor, canvas, config, processors, warpers, position_processors, generator, listeners)
+        criteria = self._prepare_stopping_criteria(config, stopping_criteria, tokenizer)
+        denoiser = self._prepare_denoiser(config, logits_processor)
+        min_new_tokens = max(config.min_new_tokens or 0, (config.min_length or 0) - input_ids.shape[1])
+        requests = [
+            Request(
+                prompt=prompt[mask],
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
+                denoiser=denoiser,
+                generator=noise,
+                stopping_criteria=criteria,
+                streamer=streamer,
+                on_step=on_step,
+                index=index,
+            )
+            for index, (prompt, mask, noise) in enumerate(
+                zip(input_ids, attention_mask, self._generators(denoiser, generator, len(input_ids)))
+            )
+        ]
 
-        # 2. Blocks
-        for block in _schedule(canvas, config, max_new_tokens):
-            settled_text.stream()
-            predictor.begin(block)
-            quotas = commit_quotas(block.active.sum(-1), config.max_denoising_steps or config.block_length)
-            for quota in quotas.unbind(-1):
-                if not denoise(block, quota):
-                    break
-                canvas.finish_at_eos(eos_token_ids)
-            _finish_at_stop(canvas, block, stopping_criteria)
-            if not canvas.live.any():
-                break
+        # 2. Denoising
+        engine = Engine(self._make_predictor, config.mask_token_id, max_rows=len(requests))
+        try:
+            for request in requests:
+                engine.add(request)
+            engine.run()
+        finally:
+            engine.close()
 
         # 3. Output
-        canvas.finish(canvas.live, torch.full_like(canvas.ends, canvas.length))
-        settled_text.stream()
-        settled_text.end()
-        output = _output(canvas, config)
+        output = _gather(input_ids, attention_mask, [request.result for request in requests], config)
+        output = type(output)(**{name: value.to(self._execution_device) for name, value in output.items()})
         return output if config.return_dict_in_generate else output.sequences
 
     @torch.no_grad()
@@ -324,10 +328,32 @@ class MaskedDiffusionGenerationMixin(RefusesWritingFromLeftToRight, GenerationMi
             criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
         return criteria
 
+    def _prepare_denoiser(
+        self, config: MaskedDiffusionGenerationConfig, logits_processor: LogitsProcessorList | None
+    ) -> Denoiser:
+        """The settings with the rule, the ranking and the processors that they ask for."""
+        processors, warpers = self._prepare_logits_processors(config, logits_processor)
+        boost = None
+        if config.end_think_token_ids and config.end_think_boost:
+            boost = EndOfThinkingBoost(config.end_think_token_ids, config.end_think_boost, config.end_think_power)
+        return Denoiser(
+            config=config,
+            rule=rule_of(config),
+            ranking=RANKINGS[config.remasking],
+            processors=processors,
+            warpers=warpers,
+            boost=boost,
+            device=self._execution_device,
+            dtype=self.dtype,
+        )
+
     def _prepare_logits_processors(
         self, config: MaskedDiffusionGenerationConfig, logits_processor: LogitsProcessorList | None
     ) -> tuple[LogitsProcessorList, LogitsProcessorList]:
-        """Transformers' own processors in two lists: those before confidence is taken, and those of sampling alone."""
+        """Transformers' own processors in two lists: those before confidence is taken, and those that only sample.
+
+        Transformers builds one list, in which the warpers of sampling come last: it is built without and with them.
+        """
         config = copy.copy(config)
         # Guidance and lengths are this module's own: they must know of positions and blocks.
         config.guidance_scale = config.min_length = config.min_new_tokens = config.renormalize_logits = None
@@ -342,97 +368,66 @@ class MaskedDiffusionGenerationMixin(RefusesWritingFromLeftToRight, GenerationMi
         config.do_sample = do_sample
         return processors, LogitsProcessorList(build()[len(processors) :])
 
-    def _prepare_position_processors(
-        self, config: MaskedDiffusionGenerationConfig, prompt_length: int, max_new_tokens: int
-    ) -> list[PositionProcessor]:
-        processors: list[PositionProcessor] = []
-        first_eos = max(prompt_length + (config.min_new_tokens or 0), config.min_length or 0)
-        if first_eos > prompt_length and config.eos_token_ids:
+    def _generators(
+        self, denoiser: Denoiser, generator: torch.Generator | None, count: int
+    ) -> list[torch.Generator | None]:
+        """A source of noise for each of `count` rows, so that what a row draws is not changed by the rows beside it.
 
-            def suppress_early_eos(tokens, rows, columns, logits):
-                is_early = ((columns >= prompt_length) & (columns < first_eos)).unsqueeze(-1)
-                is_eos = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-                is_eos[config.eos_token_ids] = True
-                return logits.masked_fill(is_early & is_eos, -torch.inf)
+        `seed` is the first row's, `seed + 1` the second's, and so on. A `generator` serves one row as it is; of
+        several, each has one of its own whose seed is drawn from it, or from the global one.
+        """
+        if not denoiser.is_random:
+            return [None] * count
+        if generator is not None and count == 1:
+            return [generator]
+        if denoiser.config.seed is not None:
+            seeds = range(denoiser.config.seed, denoiser.config.seed + count)
+        else:
+            device = "cpu" if generator is None else generator.device
+            seeds = torch.randint(2**62, (count,), generator=generator, device=device).tolist()
+        return [torch.Generator(self._execution_device).manual_seed(seed) for seed in seeds]
 
-            processors.append(suppress_early_eos)
-        if config.end_think_token_ids and config.end_think_boost and max_new_tokens > 0:
-            processors.append(
-                EndOfThinkingBoost(
-                    config.end_think_token_ids,
-                    config.end_think_boost,
-                    config.end_think_power,
-                    prompt_length,
-                    max_new_tokens,
-                )
-            )
-        return processors
+    def _make_predictor(self, config: MaskedDiffusionGenerationConfig, canvas: Canvas) -> Predictor:
+        """The predictor that the settings ask for."""
+        arguments = self, canvas, self._execution_device, 2 if is_guided(config) else 1
+        if config.compile:
+            if not hasattr(self, "_compiled_passes"):
+                self._compiled_passes = CompiledPasses()
+            compile_config = config.compile_config or CompileConfig(dynamic=False)
+            return CompiledPredictor(*arguments, self._compiled_passes, compile_config)
+        return FullPredictor(*arguments) if config.block_cache is None else CachedPredictor(*arguments)
 
-
-def _schedule(canvas: Canvas, config: MaskedDiffusionGenerationConfig, max_new_tokens: int) -> Iterator[Block]:
-    """Yields the blocks in the order of decoding, and lets the canvas grow as its kind says."""
-    end = canvas.prompt_length + max_new_tokens
-    if config.canvas == "fixed":
-        canvas.append_masks(max_new_tokens)
-    yield from canvas.blanks(config.block_length)
-    for start in range(canvas.prompt_length, end, config.block_length):
-        block_end = min(start + config.block_length, end)
-        if config.canvas == "growing":
-            canvas.append_masks(block_end - start)
-        yield canvas.block(start, block_end)
+    def __getstate__(self) -> dict:
+        """What is copied and pickled: all but compiled functions and their caches, which belong to this object."""
+        return {name: value for name, value in self.__dict__.items() if name != "_compiled_passes"}
 
 
-def _finish_at_stop(canvas: Canvas, block: Block, stopping_criteria: StoppingCriteriaList):
-    """Finishes the rows that a criterion stops; a stop string of the response ends a row where it is complete."""
-    if block.start < canvas.prompt_length:
-        return  # blanks of the prompt: there is no response yet that could be stopped
-    for criterion in stopping_criteria:
-        is_stop_string = isinstance(criterion, StopStringCriteria)
-        read_from = canvas.prompt_length if is_stop_string else 0  # a stop string does not begin in the prompt
-        for end in range(block.start + 1 if is_stop_string else block.end, block.end + 1):
-            # As in `StoppingCriteriaList`, a criterion may answer with one bool for the batch.
-            stopped = torch.zeros_like(canvas.live) | criterion(canvas.tokens[:, read_from:end], None)
-            canvas.finish(stopped, torch.full_like(canvas.ends, end))
+def _gather(
+    input_ids: torch.LongTensor,
+    attention_mask: torch.BoolTensor,
+    results: list[RequestResult],
+    config: MaskedDiffusionGenerationConfig,
+) -> MaskedDiffusionGenerationOutput:
+    """The texts as one batch, padded on the left as the prompts were, and on the right after each row's end."""
+    padding = (~attention_mask).sum(-1).tolist()
+    width = max(pad + len(result.tokens) for pad, result in zip(padding, results))
 
+    def batch(values: list[torch.Tensor], fill) -> torch.Tensor:
+        rows = torch.full((len(values), width), fill, dtype=values[0].dtype)
+        for row, pad, value in zip(rows, padding, values):
+            row[pad : pad + len(value)] = value
+        return rows
 
-def _output(canvas: Canvas, config: MaskedDiffusionGenerationConfig) -> MaskedDiffusionGenerationOutput:
-    """Pads what follows each row's end, and drops the columns that no row needs."""
-    columns = torch.arange(canvas.length, device=canvas.tokens.device)
-    is_written = canvas.attention_mask & (columns < canvas.ends.unsqueeze(-1))
-    is_kept = is_written | (columns < canvas.prompt_length)
-    width = int(canvas.ends.max())
+    sequences = batch([result.tokens for result in results], config.pad_token_id)
+    sequences[:, : input_ids.shape[1]][~attention_mask] = input_ids[~attention_mask]  # padding stays as it was given
+    num_forward_passes = torch.tensor([result.num_forward_passes for result in results])
+    num_written = torch.tensor([int((~result.given).sum()) for result in results])
     output = MaskedDiffusionGenerationOutput(
-        sequences=torch.where(is_kept, canvas.tokens, config.pad_token_id)[:, :width],
-        num_forward_passes=canvas.num_forward_passes,
-        tokens_per_forward=(is_written & ~canvas.given).sum(-1) / canvas.num_forward_passes.clamp(min=1),
+        sequences=sequences,
+        num_forward_passes=num_forward_passes,
+        tokens_per_forward=num_written / num_forward_passes.clamp(min=1),
     )
     if config.output_trace:
-        output.commit_steps = canvas.commit_steps.masked_fill(~is_written, 0)[:, :width]
-        output.commit_confidences = canvas.commit_confidences.masked_fill(~is_written, torch.nan)[:, :width]
+        output.commit_steps = batch([result.commit_steps for result in results], 0)
+        output.commit_confidences = batch([result.commit_confidences for result in results], torch.nan)
     return output
-
-
-class _SettledText:
-    """Hands a streamer the prompt and then each piece of text that will not change any more."""
-
-    def __init__(self, streamer: BaseStreamer | None, canvas: Canvas):
-        self.streamer, self.canvas = streamer, canvas
-        self.streamed = 0
-
-    def stream(self):
-        if self.streamer is None:
-            return
-        settled = self.canvas.settled_length(0)
-        if self.streamed == 0 and settled >= self.canvas.prompt_length:
-            self.streamer.put(self.canvas.tokens[:, : self.canvas.prompt_length].cpu())
-            self.streamed = self.canvas.prompt_length
-        if self.streamed and settled > self.streamed:
-            self.streamer.put(self.canvas.tokens[0, self.streamed : settled].cpu())
-            self.streamed = settled
-
-    def stream_draft(self, step: DenoisingStep):
-        self.streamer.put_draft(step.proposals[0].cpu())
-
-    def end(self):
-        if self.streamer is not None:
-            self.streamer.end()

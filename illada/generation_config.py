@@ -5,11 +5,11 @@ from typing import Any
 
 from transformers.generation import GenerationConfig
 
-from .remasking import RANKINGS
+from .commit_rules import COMMIT_RULES, PARALLEL_RULES, CommitRule
+from .rankings import RANKINGS
 
 CANVASES = ("growing", "fixed")
 BLOCK_CACHES = ("prefix", "dual")
-PARALLEL_RULES = ("confidence_threshold", "confidence_factor", "entropy_bound")
 
 PRESETS: dict[str, dict] = {
     "exact": {
@@ -17,6 +17,7 @@ PRESETS: dict[str, dict] = {
         "confidence_threshold": None,
         "confidence_factor": None,
         "entropy_bound": None,
+        "commit_rule": None,
         "block_cache": None,
         "cache_refresh_interval": None,
         "compile": None,
@@ -112,7 +113,11 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             Positive. Each step also commits the n surest positions while `(n + 1) (1 - c_(n)) < factor`.
         entropy_bound (`float`, *optional*):
             Nats, not negative. Each step also commits positions in ascending entropy while the entropies before each
-            add up to at most this. At most one of these three is set.
+            add up to at most this. At most one of these three and `commit_rule` is set.
+        commit_rule (`str` or [`CommitRule`], *optional*):
+            A rule by its name in `commit_rules.COMMIT_RULES`, or a rule of your own.
+        seed (`int`, *optional*):
+            Seed of the noise, instead of a `generator`: the first row's, one more for each row after it.
         defer_eos (`bool`, defaults to `False`):
             Commit a proposed EOS only when nothing else of the block is left to commit (LLaDA's
             `confidence_eos_eot_inf`, for models whose training padded answers with EOS).
@@ -148,6 +153,8 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         self.confidence_threshold: float | None = kwargs.pop("confidence_threshold", None)
         self.confidence_factor: float | None = kwargs.pop("confidence_factor", None)
         self.entropy_bound: float | None = kwargs.pop("entropy_bound", None)
+        self.commit_rule: str | CommitRule | None = kwargs.pop("commit_rule", None)
+        self.seed: int | None = kwargs.pop("seed", None)
         self.defer_eos: bool | None = kwargs.pop("defer_eos", None)
         self.block_cache: str | None = kwargs.pop("block_cache", None)
         self.cache_refresh_interval: int | None = kwargs.pop("cache_refresh_interval", None)
@@ -203,7 +210,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         caller = [set_fields(given), PRESETS.get(preset, {}), fields]
         values: dict[str, Any] = {}
         for source in (cls._get_default_generation_params(), set_fields(own), *caller):
-            for alternatives in (("max_new_tokens", "max_length"), PARALLEL_RULES):
+            for alternatives in (("max_new_tokens", "max_length"), (*PARALLEL_RULES, "commit_rule")):
                 if any(source.get(name) is not None for name in alternatives):
                     values = {name: value for name, value in values.items() if name not in alternatives}
             values |= source
@@ -272,6 +279,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         for name in ("max_length", "block_length", "max_denoising_steps", "num_return_sequences"):
             self._check_integer(name, minimum=1)
         self._check_integer("cache_refresh_interval", minimum=1)
+        self._check_integer("seed", minimum=0)
         for name in ("max_new_tokens", "min_length", "min_new_tokens", "top_k", "mask_token_id", "pad_token_id"):
             self._check_integer(name, minimum=0)
         for name in ("compile", "defer_eos", "do_sample", "output_trace", "return_dict_in_generate"):
@@ -280,6 +288,8 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         self._check_choice("canvas", CANVASES)
         self._check_choice("block_cache", BLOCK_CACHES)
         self._check_choice("remasking", tuple(RANKINGS))
+        if not isinstance(self.commit_rule, CommitRule):
+            self._check_choice("commit_rule", tuple(name for name in COMMIT_RULES if name not in PARALLEL_RULES))
         for name in ("confidence_threshold", "typical_p"):
             self._check_number(name, "in (0, 1]", lambda value: 0 < value <= 1)
         for name in ("top_p", "min_p"):
@@ -310,9 +320,10 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             raise ValueError(f"`{name}` must be a number {allowed}, got {value!r}.")
 
     def _check_parallel_rules(self):
-        values = {name: getattr(self, name) for name in PARALLEL_RULES if getattr(self, name) is not None}
+        rules = *PARALLEL_RULES, "commit_rule"
+        values = {name: getattr(self, name) for name in rules if getattr(self, name) is not None}
         if len(values) > 1:
-            names = ", ".join(f"`{name}`" for name in PARALLEL_RULES)
+            names = ", ".join(f"`{name}`" for name in rules)
             raise ValueError(f"At most one of {names} may be set, got {values}.")
 
     def _check_block_cache(self):

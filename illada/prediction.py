@@ -1,169 +1,205 @@
-"""Logits of masked positions: from the whole canvas, or from a block of it over cached keys and values."""
+"""Predictors: the logits of masked positions, from whole texts or from a block of each over cached keys and values.
+
+A predictor serves the rows of one engine that were admitted with the same kind of settings:
+
+    begin(row)                      a block of the row opens
+    logits(rows, places, columns)   (M, V): of M positions, at `columns` of the rows at `places` in `rows`
+    end(row)                        the row leaves
+    close()                         nothing more will be asked
+
+Rows come and go between passes, and what a row gets does not depend on the rows beside it. Positions arrive on the
+host, so that nothing has to be read from the device.
+"""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from transformers.generation.configuration_utils import CompileConfig
 
 from .block_cache import BlockCache, StaticBlockCache
-from .canvas import Block, Canvas
+from .canvas import Canvas, Row
 from .generation_config import MaskedDiffusionGenerationConfig
 from .logits import guide, promote
 
 BUCKET = 128
-"""In columns. The canvas of a compiled block forward is a multiple of this, so that calls of similar length share a
-shape; and rows whose padding is the same number of buckets share a full forward."""
+"""In columns. Rows whose texts differ by less share a full pass; the cache of compiled passes grows in such steps."""
 
 
-class Predictor:
-    """Runs the model on a canvas, in full or over a [`BlockCache`].
+class Predictor(Protocol):
+    """What the loop asks of any engine that runs the model; see the module's docstring."""
 
-    Without a cache every pass is full. With one, the first pass of a block is, and every `cache_refresh_interval`-th;
-    the others recompute of each row the block alone (`"dual"`), or the block and all behind it (`"prefix"`).
+    def begin(self, row: Row): ...
+
+    def logits(self, rows: list[Row], places: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor: ...
+
+    def end(self, row: Row): ...
+
+    def close(self): ...
+
+
+def predictor_key(config: MaskedDiffusionGenerationConfig) -> tuple:
+    """Rows of equal keys share a predictor."""
+    return config.block_cache, is_guided(config), str(config.compile_config) if config.compile else None
+
+
+def is_guided(config: MaskedDiffusionGenerationConfig) -> bool:
+    return config.guidance_scale not in (None, 1)
+
+
+def groups_of_like_length(rows: list[Row]) -> list[list[int]]:
+    """The places of the rows that share a full pass: none is a bucket or more shorter than the longest of its group."""
+    order = sorted(range(len(rows)), key=lambda place: -rows[place].length)
+    groups: list[list[int]] = []
+    for place in order:
+        if groups and rows[groups[-1][0]].length - rows[place].length < BUCKET:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return [sorted(group) for group in groups]
+
+
+class FullPredictor:
+    """Every pass computes whole texts: exact.
 
     Args:
         model: called as `model(input_ids, attention_mask, position_ids, logits_to_keep)`, with a cache also with
-            `past_key_values`. With `config.compile` block forwards go to its decoder and its output embeddings.
+            `past_key_values`.
         canvas ([`Canvas`]): read.
-        config ([`MaskedDiffusionGenerationConfig`]): with every field set.
-        max_length (`int`): columns of the longest canvas to come.
+        device (`torch.device`): where the model's inputs go.
+        num_branches (`int`):
+            2 for guided rows: each takes two sequences of a pass, of which the second does not see what the caller
+            gave, and the row's `guidance_scale` weighs them. 1 for others.
     """
 
-    def __init__(self, model, canvas: Canvas, config: MaskedDiffusionGenerationConfig, max_length: int):
-        self.model, self.canvas, self.config, self.max_length = model, canvas, config, max_length
-        self.num_branches = 2 if config.guidance_scale not in (None, 1) else 1
-        self.first_columns = canvas.attention_mask.int().argmax(-1).tolist()
-        self.cache = self.compiled_decoder = self.static_width = None
-        if config.compile:
-            self.compiled_decoder = self._compiled_decoder()
-            self.cache, self.static_width = self._static_cache(), self._static_width()
-        elif config.block_cache is not None:
-            num_layers = model.config.num_hidden_layers
-            self.cache = BlockCache(num_layers, len(canvas.tokens), max_length + 1, self.num_branches)
+    cache: BlockCache | None = None
 
-    def begin(self, block: Block):
-        """Opens a block: its next pass will be full."""
-        self.num_passes = 0
-        if self.cache is not None:
-            self._lay_out(block)
+    def __init__(self, model, canvas: Canvas, device: torch.device, num_branches: int = 1):
+        self.model, self.canvas, self.device, self.num_branches = model, canvas, device, num_branches
 
-    def seat(self, rows: torch.LongTensor) -> torch.LongTensor:
-        """Chooses the rows of the next pass; `rows` (R,), on the host, must be in it. Returns them in its order."""
-        interval = self.config.cache_refresh_interval
-        is_refresh = self.num_passes == 0 if interval is None else self.num_passes % interval == 0
-        self.is_full = self.cache is None or is_refresh
-        self.num_passes += 1
-        if self.cache is None:
-            self.rows = rows
-        else:
-            self.cache.seat(rows) if self.is_full else self.cache.retain(rows)
-            self.rows = self.cache.rows
-        is_asked = torch.isin(self.rows, rows)
-        self.asked = is_asked.nonzero().squeeze(-1)
-        return self.rows[is_asked]
+    def begin(self, row: Row):
+        pass
 
-    def __call__(self, row_index: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
-        """Logits (M, V), at least fp32, of the positions with these columns (M,) in these of the rows of `seat`.
+    def end(self, row: Row):
+        pass
 
-        Both are on the host, so that nothing has to be read from the device. Without a cache, rows that are much
-        longer than others have a forward pass of their own, and no pass has columns that are padding in all its rows.
-        """
-        if self.cache is not None:
-            return self._logits(self.rows, self.asked[row_index], columns)
-        groups: dict[int, list[int]] = {}
-        for place, row in enumerate(self.rows.tolist()):
-            groups.setdefault(self.first_columns[row] // BUCKET, []).append(place)
-        if len(groups) == 1:
-            return self._logits(self.rows, row_index, columns)
+    def close(self):
+        pass
 
+    def logits(self, rows: list[Row], places: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
+        return self._in_groups(rows, groups_of_like_length(rows), places, columns, self._whole_texts)
+
+    def _in_groups(self, rows, groups: list[list[int]], places, columns, run: Callable) -> torch.Tensor:
+        """Logits (M, V) of `run(rows of the group, places, columns)` for each group, in the order of the positions."""
+        if len(groups) == 1 and len(groups[0]) == len(rows) and groups[0] == sorted(groups[0]):
+            return run(rows, places, columns)
         picked, logits = [], []
-        for places in map(torch.tensor, groups.values()):
-            picked.append(torch.isin(row_index, places).nonzero().squeeze(-1))
-            row_in_group = torch.searchsorted(places, row_index[picked[-1]])
-            logits.append(self._logits(self.rows[places], row_in_group, columns[picked[-1]]))
+        for group in groups:
+            place_in_group = torch.full((len(rows),), -1)
+            place_in_group[group] = torch.arange(len(group))
+            mine = (place_in_group[places] >= 0).nonzero().squeeze(-1)
+            picked.append(mine)
+            logits.append(run([rows[place] for place in group], place_in_group[places[mine]], columns[mine]))
         return torch.cat(logits)[torch.cat(picked).argsort().to(logits[0].device)]
 
-    def _logits(self, rows: torch.LongTensor, row_index: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
-        """Logits (M, V), at least fp32, of the positions with these columns (M,) in these of `rows` (R,), one pass."""
-        canvas = self.canvas
-        first_columns = [self.first_columns[row] for row in rows.tolist()]
-        first = min(first_columns) if self.cache is None else 0
-        rows, row_index, columns = (tensor.to(canvas.tokens.device) for tensor in (rows, row_index, columns))
-        if self.is_full:
-            computed = torch.arange(first, canvas.length, device=rows.device).expand(len(rows), -1)
-            index, num_visible = columns - first, canvas.length
-        else:
-            computed, index = self.columns[rows], self.index[rows[row_index], columns]
-            num_visible = self.cache.num_visible(canvas.length)
+    def _whole_texts(self, rows: list[Row], places: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
+        width = max(row.length for row in rows)
+        computed = torch.arange(width).expand(len(rows), -1)
         if self.cache is not None:
-            self.cache.look_at(computed, None if self.is_full else num_visible)
+            self.cache.look_at(rows, computed)
+        return self._pass(rows, computed, width, (places, columns), self._call_model)
 
-        read = (rows.unsqueeze(-1), computed.clamp(max=canvas.length - 1))  # in the scratch column stands any token
-        num_unused = num_visible - canvas.length
-        attention_mask = F.pad(canvas.attention_mask[rows, first:], (0, num_unused), value=False)
-        inputs = {
-            "input_ids": canvas.tokens[read],
-            "attention_mask": attention_mask if max(first_columns) > first or num_unused else None,
-            "position_ids": canvas.position_ids[read],
-        }
+    def _pass(
+        self,
+        rows: list[Row],
+        computed: torch.LongTensor,
+        num_visible: int,
+        positions: tuple[torch.LongTensor, torch.LongTensor],
+        call: Callable,
+    ) -> torch.Tensor:
+        """Logits (M, V) of a pass that computes these columns (R, W) and sees a row's text in `num_visible` columns.
+
+        `positions` are rows and columns (M,) of the pass.
+        """
+        canvas, num_columns = self.canvas, self.canvas.tokens.shape[1]
+        lengths = [row.length for row in rows]
+        index = torch.tensor([[row.index] for row in rows])
+        read = index, computed.clamp(max=num_columns - 1)  # the scratch column may contain any token
+        attention_mask = None
+        if min(lengths) < num_visible:
+            attention_mask = torch.arange(num_visible) < torch.tensor(lengths).unsqueeze(-1)
+        inputs = {"input_ids": canvas.tokens[read], "attention_mask": attention_mask, "position_ids": read[1]}
         if self.num_branches == 2:
             inputs = {name: x if x is None else x.repeat_interleave(2, dim=0) for name, x in inputs.items()}
             inputs["input_ids"][1::2].masked_fill_(canvas.given[read], canvas.mask_token_id)
-            row_index, index = torch.cat([2 * row_index, 2 * row_index + 1]), torch.cat([index, index])
-        logits = promote(self._forward((row_index, index), inputs))
+            scales = torch.tensor([row.settings.guidance_scale for row in rows])[positions[0]].unsqueeze(-1)
+            positions = tuple(
+                torch.cat(pair) for pair in ((2 * positions[0], 2 * positions[0] + 1), (positions[1], positions[1]))
+            )
+        inputs = {name: x if x is None else x.to(self.device, non_blocking=True) for name, x in inputs.items()}
+        logits = promote(call(inputs, tuple(index.to(self.device, non_blocking=True) for index in positions)))
         if self.num_branches == 2:
-            conditional, unconditional = logits.chunk(2)
-            logits = guide(conditional, unconditional, self.config.guidance_scale)
+            logits = guide(*logits.chunk(2), scales.to(logits))
         return logits
 
-    def _forward(self, positions: tuple[torch.LongTensor, torch.LongTensor], inputs: dict) -> torch.Tensor:
-        """Logits (M, V) of these rows and columns (M,) of the inputs."""
+    def _call_model(self, inputs: dict, positions: tuple[torch.LongTensor, torch.LongTensor]) -> torch.Tensor:
         if self.cache is not None:
             inputs["past_key_values"] = self.cache
-        if self.is_full or self.compiled_decoder is None:
-            return self.model(**inputs, logits_to_keep=positions).logits
-        torch.compiler.cudagraph_mark_step_begin()
-        hidden_states = self.compiled_decoder(**inputs).last_hidden_state
-        return self.model.get_output_embeddings()(hidden_states[positions])
+        return self.model(**inputs, logits_to_keep=positions).logits
 
-    def _lay_out(self, block: Block):
-        """Sets the columns (B, W) that block forwards compute, and the place (B, S) of each column among them."""
-        canvas, scratch = self.canvas, self.cache.num_columns - 1
-        is_computed = torch.zeros_like(canvas.attention_mask)
-        is_computed[:, block.start : block.end] = block.active
-        if self.config.block_cache == "prefix":
-            is_computed = is_computed.cumsum(-1) > 0
-        columns = torch.arange(canvas.length, device=is_computed.device)
-        columns = torch.where(is_computed, columns, scratch).sort(dim=-1).values
-        width = self.static_width or int(is_computed.sum(-1).max())
-        self.columns = F.pad(columns, (0, max(width - columns.shape[1], 0)), value=scratch)[:, :width]
-        self.index = is_computed.cumsum(-1) - 1
 
-    def _compiled_decoder(self) -> Callable:
-        """The decoder's compiled call, which it keeps for later calls; a copy of the model has to make its own."""
-        compile_config, decoder = self.config.compile_config or CompileConfig(dynamic=False), self.model.get_decoder()
-        key = (id(decoder), compile_config)
-        if getattr(decoder, "_compiled_block_pass", (None,))[0] != key:
-            decoder._compiled_block_pass = key, torch.compile(decoder.__call__, **compile_config.to_dict())
-        return decoder._compiled_block_pass[1]
+class CachedPredictor(FullPredictor):
+    """The first pass of a block, and every `cache_refresh_interval`-th, computes the row's whole text; the others the
+    block (`"dual"`), or the block and what follows it (`"prefix"`), over the keys and values of the last full pass.
 
-    def _static_cache(self) -> StaticBlockCache:
-        """The cache of compiled passes. The decoder keeps it for later calls, since CUDA graphs know its address."""
-        num_columns = -(-(self.max_length + 1) // BUCKET) * BUCKET
-        shape = (self.model.config.num_hidden_layers, len(self.canvas.tokens), num_columns, self.num_branches)
-        key = (shape, self.model.dtype, self.model.device)
-        decoder = self.model.get_decoder()
-        if getattr(decoder, "_static_block_cache", (None,))[0] != key:
-            decoder._static_block_cache = key, StaticBlockCache(*shape)
-        return decoder._static_block_cache[1]
+    `computed` are the columns of each row's block passes.
+    """
 
-    def _static_width(self) -> int:
-        """Columns of every compiled pass: those of the widest block, in whole blocks."""
-        canvas, config = self.canvas, self.config
-        if config.block_cache == "dual":
-            return config.block_length
-        is_blank = canvas.masked[:, : canvas.prompt_length].any(0)
-        first = int(is_blank.int().argmax()) if is_blank.any() else canvas.prompt_length
-        end = self.max_length if config.canvas == "fixed" else canvas.prompt_length
-        return max(1, -(-(end - first) // config.block_length)) * config.block_length
+    def __init__(self, model, canvas: Canvas, device: torch.device, num_branches: int = 1):
+        super().__init__(model, canvas, device, num_branches)
+        self.cache = BlockCache(model.config.num_hidden_layers, self.num_branches)
+        self.computed: dict[Row, torch.LongTensor] = {}
+
+    def begin(self, row: Row):
+        self.computed[row] = self._columns_of(row)
+        self.cache.reserve(len(self.computed), row.end + 1)
+
+    def end(self, row: Row):
+        self.computed.pop(row, None)
+        self.cache.release(row)
+
+    @staticmethod
+    def _columns_of(row: Row) -> torch.LongTensor:
+        return row.block if row.settings.block_cache == "dual" else torch.arange(int(row.block[0]), row.length)
+
+    def logits(self, rows: list[Row], places: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
+        is_full = [_is_refreshed(row) for row in rows]
+        full = [row for row, full in zip(rows, is_full) if full]
+        part = self.cache.seat([row for row, full in zip(rows, is_full) if not full], full)
+        place_of = {row: place for place, row in enumerate(rows)}
+        groups = [[place_of[full[place]] for place in group] for group in groups_of_like_length(full)] if full else []
+        runs = [self._whole_texts] * len(groups)
+        if part:
+            groups.append([place_of[row] for row in part])
+            runs.append(self._blocks)
+        run = iter(runs)
+        return self._in_groups(rows, groups, places, columns, lambda *arguments: next(run)(*arguments))
+
+    def _blocks(self, rows: list[Row], places: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
+        """A pass over the blocks of rows that are in the first places of the cache, in that order."""
+        computed, index = self._lay_out(rows, places, columns)
+        num_visible = max(row.length for row in rows)
+        self.cache.look_at(rows, computed, num_visible)
+        return self._pass(rows, computed, num_visible, (places, index), self._call_model)
+
+    def _lay_out(self, rows: list[Row], places, columns, width: int = 0) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """The columns (R, W) to compute, filled up with the scratch column, and where `columns` (M,) are among them."""
+        computed = [self.computed[row] for row in rows]
+        width, scratch = max(width, *(len(each) for each in computed)), self.cache.num_columns - 1
+        computed = torch.stack([F.pad(each, (0, width - len(each)), value=scratch) for each in computed])
+        return computed, (computed[places] < columns.unsqueeze(-1)).sum(-1)
+
+
+def _is_refreshed(row: Row) -> bool:
+    interval = row.settings.cache_refresh_interval
+    return row.block_passes == 0 if interval is None else row.block_passes % interval == 0

@@ -1,0 +1,103 @@
+"""Compiled block passes: one shape, one compilation, for all blocks, rows and later calls of like length."""
+
+import threading
+from dataclasses import replace
+
+import torch
+from transformers.generation.configuration_utils import CompileConfig
+
+from .block_cache import StaticBlockCache
+from .canvas import Row
+from .prediction import BUCKET, CachedPredictor
+
+
+class CompiledPasses:
+    """What a model keeps for compiled calls: compiled functions, and caches that no call is using.
+
+    CUDA graphs know a cache by its address, and a compiled function is made for its shape, so a later call borrows the
+    cache of an earlier one. Two calls at a time have a cache each.
+    """
+
+    MAX_FREE_CACHES = 4
+
+    def __init__(self):
+        self.lock, self.functions = threading.Lock(), {}
+        self.free: list[tuple[tuple, StaticBlockCache]] = []
+
+    def function(self, decoder, compile_config: CompileConfig):
+        """The compiled call of the decoder."""
+        with self.lock:
+            key = (id(decoder), str(compile_config))
+            if key not in self.functions:
+                self.functions[key] = torch.compile(decoder.__call__, **compile_config.to_dict())
+            return self.functions[key]
+
+    def borrow(self, key: tuple) -> StaticBlockCache | None:
+        """A free cache that was given back with this key."""
+        with self.lock:
+            for index, (free_key, cache) in enumerate(self.free):
+                if free_key == key:
+                    del self.free[index]
+                    return cache
+
+    def give_back(self, key: tuple, cache: StaticBlockCache):
+        with self.lock:
+            self.free = [*self.free, (key, cache)][-self.MAX_FREE_CACHES :]
+
+
+class CompiledPredictor(CachedPredictor):
+    """A [`CachedPredictor`] whose block passes go to the compiled decoder, in one shape.
+
+    Rows keep the place of their row in the canvas, and all places take part in every block pass.
+    """
+
+    def __init__(self, model, canvas, device, num_branches: int, passes: CompiledPasses, compile_config: CompileConfig):
+        super().__init__(model, canvas, device, num_branches)
+        self.cache, self.passes, self.width = None, passes, 0
+        self.decoder = passes.function(model.get_decoder(), compile_config)
+        self.num_columns = 0
+
+    def begin(self, row: Row):
+        self.computed[row] = self._columns_of(row)
+        self.num_columns = max(self.num_columns, -(-(row.end + 1) // BUCKET) * BUCKET)
+        block_length = row.settings.block_length
+        self.width = max(self.width, -(-len(self.computed[row]) // block_length) * block_length)
+
+    def end(self, row: Row):
+        self.computed.pop(row, None)
+
+    def close(self):
+        """Leaves the cache to later calls."""
+        if self.cache is not None:
+            self.passes.give_back(self._key(self.cache.num_columns), self.cache)
+            self.cache = None
+
+    def logits(self, rows: list[Row], places: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
+        num_rows, num_layers = len(self.canvas.tokens), self.model.config.num_hidden_layers
+        if self.cache is None:
+            self.cache = self.passes.borrow(self._key(self.num_columns))
+            self.cache = StaticBlockCache(num_layers, self.num_branches) if self.cache is None else self.cache
+        self.cache.reserve(num_rows, self.num_columns)
+        return super().logits(rows, places, columns)
+
+    def _key(self, num_columns: int) -> tuple:
+        """What a cache is made for: its shape, and the dtype of keys and values, which autocast changes."""
+        device = self.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
+        return len(self.canvas.tokens), num_columns, self.num_branches, dtype, self.device
+
+    def _blocks(self, rows: list[Row], places: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
+        part, index = self._lay_out(rows, places, columns, self.width)
+        row_at = {row.index: row for row in rows}
+        # A place without a row computes the scratch column, and sees one column.
+        everyone = [row_at.get(i) or replace(rows[0], index=i, length=1) for i in range(len(self.canvas.tokens))]
+        num_visible, where = self.cache.num_columns, torch.tensor([row.index for row in rows])
+        computed = torch.full((len(everyone), self.width), num_visible - 1)
+        computed[where] = part
+        self.cache.look_at(everyone, computed, num_visible)
+        return self._pass(everyone, computed, num_visible, (where[places], index), self._call_compiled)
+
+    def _call_compiled(self, inputs: dict, positions: tuple[torch.LongTensor, torch.LongTensor]) -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        hidden_states = self.decoder(**inputs, past_key_values=self.cache).last_hidden_state
+        return self.model.get_output_embeddings()(hidden_states[positions])

@@ -1,0 +1,351 @@
+"""The engine: one loop in which texts are admitted, denoised together, and leave when they are done.
+
+    request   one text to write: prompt tokens (with blanks), settings, source of noise, who listens
+    row       a place in the canvas that a request occupies while it is written
+    block     the masks of a row that are decoded together; every row has its own
+    pass      one forward of the model over the rows that take part in it
+
+`generate` is this engine with all requests admitted at once; `generate_batch` and servers keep adding to it. What a
+request gets depends on nothing but the request: not on its neighbours, the time at which it joined, or who left.
+"""
+
+import bisect
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from transformers.generation import StoppingCriteriaList, StopStringCriteria
+
+from .canvas import ActiveBlocks, Canvas, Row
+from .commit_rules import CommitRule
+from .denoising import Denoiser, DenoisingStep
+from .logits import non_finite_logits
+from .prediction import Predictor, predictor_key
+
+
+@dataclass
+class RequestResult:
+    """What became of a request; on the host. S counts the prompt and what was written.
+
+    Attributes:
+        tokens (`torch.LongTensor` of shape `(S,)`): up to the text's end, its EOS included.
+        given (`torch.BoolTensor` of shape `(S,)`): True for the tokens that the caller gave.
+        num_forward_passes (`int`): passes in which the text took part; a guided pass counts once.
+        commit_steps (`torch.LongTensor` of shape `(S,)`): the pass that committed each token; 0 for given ones.
+        commit_confidences (`torch.FloatTensor` of shape `(S,)`): its probability then; NaN for given ones.
+    """
+
+    tokens: torch.LongTensor
+    given: torch.BoolTensor
+    num_forward_passes: int
+    commit_steps: torch.LongTensor
+    commit_confidences: torch.FloatTensor
+
+
+@dataclass(eq=False)
+class Request:
+    """One text to write.
+
+    Args:
+        prompt (`torch.LongTensor` of shape `(S,)`): on the host; [MASK] is a blank to fill.
+        max_new_tokens (`int`), min_new_tokens (`int`): the response's budget, and how early it may end.
+        denoiser ([`Denoiser`]): the settings. Requests that share one are decided together.
+        generator (`torch.Generator`, *optional*): the source of noise, on the model's device.
+        stopping_criteria (`StoppingCriteriaList`): asked at the end of each block of the response, with a batch of 1;
+            stop strings see the response only.
+        streamer (*optional*): receives the prompt, each settled block, and drafts if it has `put_draft`.
+        on_step (`Callable`, *optional*): called with a [`DenoisingStep`] after each pass.
+        index (`int`): the request's place among those of a call, for `on_step`.
+
+    Attributes:
+        result ([`RequestResult`] or `None`): once it is finished.
+        error (`Exception` or `None`): what made it fail; a request fails alone.
+        is_done (`bool`): whether it is finished, failed or cancelled.
+    """
+
+    prompt: torch.LongTensor
+    max_new_tokens: int
+    denoiser: Denoiser
+    min_new_tokens: int = 0
+    generator: torch.Generator | None = None
+    stopping_criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
+    streamer: object | None = None
+    on_step: Callable[[DenoisingStep], None] | None = None
+    index: int = 0
+    result: RequestResult | None = field(default=None, init=False)
+    error: Exception | None = field(default=None, init=False)
+    is_done: bool = field(default=False, init=False)
+    num_streamed: int = field(default=0, init=False)
+
+    @property
+    def num_columns(self) -> int:
+        """Columns that it may come to occupy."""
+        return len(self.prompt) + self.max_new_tokens
+
+
+class Engine:
+    """Writes requests in rows that come and go.
+
+    Args:
+        make_predictor (`Callable`): makes the predictor for settings and a canvas.
+        mask_token_id (`int`).
+        max_rows (`int`): requests that are written at a time.
+        max_tokens (`int`, *optional*): the most that rows times columns of the longest may be.
+
+    Attributes:
+        waiting (`deque[Request]`): in order of arrival. What does not fit waits, and nothing overtakes it.
+        active (`dict[Row, Request]`): what is being written.
+        num_passes (`int`), num_row_passes (`int`): passes so far, and the rows that took part in them.
+    """
+
+    def __init__(self, make_predictor: Callable, mask_token_id: int, max_rows: int, max_tokens: int | None = None):
+        self.make_predictor, self.max_tokens = make_predictor, max_tokens
+        self.canvas = Canvas(max_rows, mask_token_id)
+        self.free_indices = list(range(max_rows))
+        self.waiting: deque[Request] = deque()
+        self.active: dict[Row, Request] = {}
+        self.rules: dict[Row, CommitRule] = {}
+        self.predictors: dict[tuple, Predictor] = {}
+        self.num_passes = self.num_row_passes = 0
+
+    def add(self, request: Request):
+        """Puts a request in line.
+
+        Raises:
+            ValueError: if it would not fit even by itself.
+        """
+        if self.max_tokens is not None and request.num_columns > self.max_tokens:
+            raise ValueError(
+                f"A request must fit into `max_tokens`={self.max_tokens}, got a prompt of {len(request.prompt)} tokens "
+                f"and a budget of {request.max_new_tokens}."
+            )
+        self.waiting.append(request)
+
+    def cancel(self, request: Request):
+        """Ends a request between two passes; its row is free for the next one."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        for row in [row for row, active in self.active.items() if active is request]:
+            self._leave(row)
+        request.is_done = True
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """One pass of all active rows. Returns whether there is more to do.
+
+        1. Admit waiting requests into free rows, in order of arrival.
+        2. Predict the masks of every row's active block, and decide which predictions to commit. All of it is on its
+           way to the device before the device is waited for, once.
+        3. Write what was decided, and tell who listens.
+        4. Finish the rows in which everything before the first EOS is decided, or that met a stop; open the next block
+           of the others whose block is decided: the prompt's blanks first, then the response.
+        """
+        self._admit()
+        decided: list[tuple[ActiveBlocks, torch.Tensor]] = []
+        for key, rows in _grouped(self.active, lambda row: predictor_key(row.settings)).items():
+            with self._failing(rows):
+                decided += self._predict_and_decide(self.predictors[key], rows)
+        for blocks, outcome in zip([blocks for blocks, _ in decided], _read([outcome for _, outcome in decided])):
+            self._write(blocks, *outcome)
+        self.num_passes += bool(decided)
+        return bool(self.active or self.waiting)
+
+    def run(self):
+        """Writes all requests in line.
+
+        Raises:
+            Exception: the first that made a request fail.
+        """
+        requests = list(self.waiting)
+        while self.step():
+            _raise_error(requests)
+        _raise_error(requests)
+
+    def close(self):
+        """Gives up all rows, and what the predictors keep."""
+        for row in list(self.active):
+            self._leave(row)
+        for predictor in self.predictors.values():
+            predictor.close()
+        self.predictors.clear()
+
+    def _admit(self):
+        while self.waiting and self.free_indices:
+            request = self.waiting[0]
+            columns = max([request.num_columns, *(row.end for row in self.active)])
+            if self.max_tokens is not None and (len(self.active) + 1) * columns > self.max_tokens:
+                return
+            self.waiting.popleft()
+            settings = request.denoiser.config
+            key = predictor_key(settings)
+            if key not in self.predictors:
+                self.predictors[key] = self.make_predictor(settings, self.canvas)
+            index = self.free_indices.pop(0)
+            row = self.canvas.admit(index, request.prompt, request.max_new_tokens, settings)
+            rule = request.denoiser.rule
+            self.active[row], self.rules[row] = request, copy.deepcopy(rule) if rule.has_memory else rule
+            with self._failing([row]):
+                self._open_next_block(row)
+
+    def _open_next_block(self, row: Row):
+        self._stream(row, self.canvas.settled_length(row))
+        row.block, row.block_passes = next(row.blocks, None), 0
+        if row.block is None:
+            return self._finish(row, row.length)
+        if self.rules[row].has_memory:
+            self.rules[row].begin(len(row.block))
+        self.predictors[predictor_key(row.settings)].begin(row)
+
+    def _predict_and_decide(self, predictor: Predictor, rows: list[Row]) -> list[tuple[ActiveBlocks, torch.Tensor]]:
+        """For rows that share a predictor: those that share their settings, and what was decided for them."""
+        blocks = ActiveBlocks(self.canvas, rows)
+        predicted = blocks.masked | blocks.exists & torch.tensor([[self.rules[row].may_remask] for row in rows])
+        places, line = predicted.nonzero(as_tuple=True)
+        logits = predictor.logits(rows, places, blocks.columns[places, line])
+        self.num_row_passes += len(rows)
+        decided = []
+        for group in _grouped(range(len(rows)), lambda place: self._decision_key(rows[place])).values():
+            together = [rows[place] for place in group]
+            with self._failing(together):
+                if len(group) == len(rows):
+                    part = blocks, predicted, logits
+                else:
+                    mine = torch.isin(places, torch.tensor(group)).nonzero().squeeze(-1).to(logits.device)
+                    own = ActiveBlocks(self.canvas, together)
+                    part = own, predicted[group, : own.columns.shape[1]], logits[mine]
+                requests = [self.active[row] for row in together]
+                decided.append((part[0], requests[0].denoiser(*part, self.rules[together[0]], requests)))
+        return decided
+
+    def _decision_key(self, row: Row) -> tuple:
+        """Rows of equal keys are decided together."""
+        denoiser = self.active[row].denoiser
+        return id(denoiser), id(self.rules[row]), row.length if denoiser.reads_texts else None
+
+    def _write(self, blocks: ActiveBlocks, tokens, bits, commit, remask):
+        """Writes what was decided for the rows of `blocks`, all (R, W) on the host, and finishes those that are done."""
+        masked, denoiser = blocks.masked, self.active[blocks.rows[0]].denoiser
+        confidence = bits.view(torch.float32).masked_fill(~masked, torch.nan)
+        is_broken = masked & confidence.isnan()
+        proposals = torch.where(masked, tokens.long(), blocks.tokens)
+        blocks.commit(proposals, confidence, commit.bool(), remask.bool())
+        ends, is_open = blocks.first_eos(denoiser.eos_token_ids), blocks.masked.any(-1).tolist()
+        has_failed = is_broken.any(-1).tolist()
+        for place, row in enumerate(blocks.rows):
+            with self._failing([row]):
+                if has_failed[place]:
+                    position = int(row.block[is_broken[place, : len(row.block)]][0])
+                    raise non_finite_logits(f"position {position}", denoiser.dtype)
+                seen = slice(len(row.block))
+                self._tell(row, proposals[place, seen], commit[place, seen].bool(), confidence[place, seen])
+                self._finish_or_go_on(row, ends[place], is_open[place])
+
+    def _tell(self, row: Row, proposals, committed, confidence):
+        request = self.active[row]
+        if request.on_step is not None:
+            text = self.canvas.text(row).clone()
+            request.on_step(
+                DenoisingStep(request.index, row.block, text, proposals, committed, confidence, row.num_passes)
+            )
+        if hasattr(request.streamer, "put_draft"):
+            draft = self.canvas.text(row, row.prompt_length).clone()
+            if row.is_in_response:
+                draft = proposals
+            else:
+                draft[row.block] = proposals
+            request.streamer.put_draft(draft)
+
+    def _finish_or_go_on(self, row: Row, eos: int | None, is_open: bool):
+        """Finishes a row at its EOS (a column) or at a stop, or opens its next block if nothing is open."""
+        if is_open and self.rules[row].may_remask:
+            eos = None  # what stands there may still change
+        end = None
+        if row.is_in_response and not (is_open and eos is None):
+            end = self._stopped_at(row, None if eos is None else eos + 1)
+        if end is not None:
+            self._finish(row, end)
+        elif not is_open:
+            self._open_next_block(row)
+
+    def _stopped_at(self, row: Row, end: int | None) -> int | None:
+        """The column at which the text ends: right after a stop string, else `end`, else where a criterion stops it."""
+        first, last = int(row.block[0]), int(row.block[-1]) + 1
+        others = []
+        for criterion in self.active[row].stopping_criteria:
+            if not isinstance(criterion, StopStringCriteria):
+                others.append(criterion)
+                continue
+            response = self.canvas.text(row, last if end is None else end)[row.prompt_length :]
+            for length in range(first + 1 - row.prompt_length, len(response) + 1):
+                if criterion(response[None, :length], None).item():
+                    end = row.prompt_length + length
+                    break
+        if end is None and any(bool(torch.as_tensor(each(self.canvas.text(row, last)[None], None))) for each in others):
+            end = last
+        return end
+
+    def _stream(self, row: Row, settled: int):
+        """Hands the streamer the prompt, in one piece, and then what will not change any more."""
+        request = self.active[row]
+        if request.streamer is None:
+            return
+        text = self.canvas.text(row, settled)
+        if request.num_streamed == 0 and settled >= row.prompt_length:
+            request.streamer.put(text[None, : row.prompt_length].clone())
+            request.num_streamed = row.prompt_length
+        if request.num_streamed and settled > request.num_streamed:
+            request.streamer.put(text[request.num_streamed :].clone())
+            request.num_streamed = settled
+
+    def _finish(self, row: Row, end: int):
+        request = self.active[row]
+        self._stream(row, end)
+        if request.streamer is not None:
+            request.streamer.end()
+        texts = (self.canvas.tokens, self.canvas.given, self.canvas.commit_steps, self.canvas.commit_confidences)
+        tokens, given, steps, confidences = (values[row.index, :end].clone() for values in texts)
+        request.result = RequestResult(tokens, given, row.num_passes, steps, confidences)
+        self._leave(row)
+
+    def _leave(self, row: Row):
+        request = self.active.pop(row)
+        self.rules.pop(row)
+        self.predictors[predictor_key(row.settings)].end(row)
+        bisect.insort(self.free_indices, row.index)
+        request.is_done = True
+
+    @contextmanager
+    def _failing(self, rows: list[Row]) -> Iterator[None]:
+        """What is raised inside makes the requests of these rows fail, and no other."""
+        try:
+            yield
+        except Exception as error:
+            for row in rows:
+                if row in self.active:
+                    self.active[row].error = error
+                    self._leave(row)
+
+
+def _grouped(items: Iterable, key: Callable) -> dict:
+    groups: dict = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def _read(outcomes: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors of the device on the host: the one wait of a pass."""
+    if not outcomes:
+        return []
+    values = torch.cat([outcome.flatten() for outcome in outcomes]).to("cpu", copy=True)
+    sizes = [outcome.numel() for outcome in outcomes]
+    return [part.view(outcome.shape) for part, outcome in zip(values.split(sizes), outcomes)]
+
+
+def _raise_error(requests: list[Request]):
+    for request in requests:
+        if request.error is not None:
+            raise request.error
