@@ -283,7 +283,7 @@ class Engine:
                 if criterion(response[None, :length], None).item():
                     end = row.prompt_length + length
                     break
-        if end is None and any(bool(torch.as_tensor(each(self.canvas.text(row, last)[None], None))) for each in others):
+        if end is None and any(_is_stopped(criterion(self.canvas.text(row, last)[None], None)) for criterion in others):
             end = last
         return end
 
@@ -343,6 +343,12 @@ def _read(outcomes: list[torch.Tensor]) -> list[torch.Tensor]:
     values = torch.cat([outcome.flatten() for outcome in outcomes]).to("cpu", copy=True)
     sizes = [outcome.numel() for outcome in outcomes]
     return [part.view(outcome.shape) for part, outcome in zip(values.split(sizes), outcomes)]
+
+
+def _is_stopped(answer: bool | torch.Tensor) -> bool:
+    if torch.as_tensor(answer).numel() != 1:
+        raise ValueError(f"`stopping_criteria` must answer with one bool for each text, asked by itself, got {answer}.")
+    return bool(answer)
 
 
 def _raise_error(requests: list[Request]):

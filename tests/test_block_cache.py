@@ -26,8 +26,8 @@ from transformers import AutoModel, CompileConfig
 
 from illada import MaskedDiffusionGenerationConfig
 from illada.block_cache import BlockCache
-from illada.canvas import Canvas
-from illada.prediction import Predictor
+from illada.canvas import ActiveBlocks, Canvas, Row
+from illada.prediction import CachedPredictor
 
 CACHES = ["prefix", "dual"]
 DEEP_MODELS = [random_model(seed, num_layers=3) for seed in range(3)]
@@ -82,31 +82,39 @@ def test_right_after_a_full_pass_a_block_pass_changes_nothing(block_cache, where
     batch = [[7, 8, 9, 10, 11, 12, 13], [9, 8], [14, 15, 16, 17]]
     if where == "blanks":
         batch = [[7, MASK, 9, MASK, 11, MASK, 13], [MASK, 8], [14, 15, 16, MASK]]
-    inputs = pad_left(batch)
-    canvas = Canvas(inputs["input_ids"], inputs["attention_mask"].bool(), MASK)
-    config = MaskedDiffusionGenerationConfig(block_cache=block_cache, guidance_scale=guidance_scale)
-    predictor = Predictor(model, canvas, config, 7 + 12)
-    canvas.append_masks(12 if where == "fixed" else 5)
-    block = next(canvas.blanks(2)) if where == "blanks" else canvas.block(7 + 3, 7 + 5)
+    config = MaskedDiffusionGenerationConfig(
+        block_cache=block_cache,
+        guidance_scale=guidance_scale,
+        canvas="fixed" if where == "fixed" else "growing",
+        block_length=2,
+    )
+    canvas = Canvas(3, MASK)
+    rows = [canvas.admit(index, torch.tensor(prompt), 8, config) for index, prompt in enumerate(batch)]
+    predictor = CachedPredictor(model, canvas, torch.device("cpu"), 1 if guidance_scale is None else 2)
+    for row in rows:
+        row.block = next(row.blocks)
+        if where == "growing":
+            row.block = next(row.blocks)  # the second of the response
+        predictor.begin(row)
 
     hidden = []
     hook = model.model.register_forward_hook(lambda module, args, output: hidden.append(output.last_hidden_state))
-    rows, columns = canvas.undecided(block).nonzero(as_tuple=True)
-    predictor.begin(block)
+    blocks = ActiveBlocks(canvas, rows)
+    places, line = blocks.masked.nonzero(as_tuple=True)
     logits = []
     with torch.no_grad():
-        for _ in range(2):
-            predictor.seat(torch.arange(3))
-            logits.append(predictor(rows, block.start + columns))
+        for block_passes in range(2):
+            for row in rows:
+                row.block_passes = block_passes
+            logits.append(predictor.logits(rows, places, blocks.columns[places, line]))
     hook.remove()
 
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-9)
     full, part = (states.unflatten(0, (3, -1)) for states in hidden)
     assert part.shape[2] < full.shape[2]
-    for row in range(3):
-        computed = [column for column in predictor.columns[row].tolist() if column < canvas.length]
-        assert computed
-        torch.testing.assert_close(part[row, :, : len(computed)], full[row][:, computed], rtol=0, atol=1e-9)
+    for index, row in enumerate(rows):
+        computed = predictor.computed[row].tolist()
+        torch.testing.assert_close(part[index, :, : len(computed)], full[index][:, computed], rtol=0, atol=1e-9)
 
 
 # The approximation
@@ -170,28 +178,35 @@ def test_a_row_of_a_batch_is_what_it_is_alone(model, batch, schedule, rule, rank
         assert together.num_forward_passes[row] == alone.num_forward_passes[0]
 
 
-def test_retiring_rows_leave_no_gap():
+def test_rows_that_come_and_go_keep_their_keys():
+    """The rows of a block pass have the first places, whoever joined, left or was computed in full meanwhile."""
     rng = random.Random(0)
     for num_branches in (1, 2):
-        cache = BlockCache(num_layers=2, num_rows=7, num_columns=5, num_branches=num_branches)
-        rows = torch.arange(7)
-        cache.seat(rows)
-        cache.look_at(torch.arange(4).expand(7, -1))
-        # The key of every token names its row and branch.
-        names = torch.arange(7 * num_branches, dtype=torch.float64).view(-1, 1, 1, 1).expand(-1, 2, 4, 3)
-        for layer in range(2):
-            cache.update(names, -names, layer)
-        while len(rows) > 1:
-            rows = torch.tensor(sorted(rng.sample(rows.tolist(), rng.randint(1, len(rows) - 1))))
-            cache.retain(rows)
-            assert sorted(cache.rows.tolist()) == rows.tolist()
-            cache.look_at(torch.full((len(rows), 1), 4), num_visible=4)
-            for layer in range(2):
-                new = torch.zeros(len(rows) * num_branches, 2, 1, 3, dtype=torch.float64)
-                keys, values = cache.update(new, new, layer)
-                expected = cache.rows.unsqueeze(-1) * num_branches + torch.arange(num_branches)
-                assert torch.equal(keys[:, 0, 0, 0], expected.flatten().double())
-                assert torch.equal(values, -keys) and keys.shape == (len(rows) * num_branches, 2, 4, 3)
+        cache = BlockCache(num_layers=2, num_branches=num_branches)
+        names: dict[Row, int] = {}  # what each row's keys are known by
+        for turn in range(1, 40):
+            for row in rng.sample(sorted(names, key=names.get), rng.randint(0, len(names) // 2)):
+                cache.release(row)
+                del names[row]
+            part = rng.sample(sorted(names, key=names.get), rng.randint(0, len(names)))
+            full = [row for row in names if row not in part]
+            full += [Row(0, None, 0, 4, 4) for _ in range(rng.randint(0, 2))]
+            cache.reserve(len(part) + len(full), 5 + turn // 10)
+            part = cache.seat(part, full)
+            for count, row in enumerate(full):
+                names[row] = 100 * turn + count
+            for rows, num_visible in ((full, None), (part, 4)):
+                if not rows:
+                    continue
+                width = 4 if num_visible is None else 1
+                columns = torch.arange(4) if num_visible is None else torch.tensor([cache.num_columns - 1])
+                cache.look_at(rows, columns.expand(len(rows), -1), num_visible)
+                wanted = [10 * names[row] + branch for row in rows for branch in range(num_branches)]
+                keys = torch.tensor(wanted).double().view(-1, 1, 1, 1).expand(-1, 2, width, 3)
+                for layer in range(2):
+                    written = keys if num_visible is None else torch.zeros_like(keys)
+                    seen, values = cache.update(written, -written, layer)
+                    assert torch.equal(seen, keys.expand(-1, 2, 4, 3)) and torch.equal(values, -seen)
 
 
 # What a step costs
@@ -260,37 +275,6 @@ def test_logits_are_made_for_masked_positions_alone(mode, canvas, rule):
         if not rule.get("entropy_bound"):
             assert largest == 2 * num_masks * num_branches * vocab_size
         assert largest <= 2 * block_length * num_branches * vocab_size
-
-
-class HostReads(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
-
-
-def count_host_reads(batch: list[list[int]], **arguments) -> int:
-    with HostReads() as reads:
-        MODELS[0].generate(
-            **pad_left(batch), **arguments, max_new_tokens=16, block_length=8, eos_token_id=None, pad_token_id=PAD
-        )
-    return reads.count
-
-
-@pytest.mark.parametrize("block_cache", [None, *CACHES])
-def test_a_step_reads_no_number_on_the_host(block_cache):
-    """Neither rows nor steps add to the `item`, `bool` and `int` of a call."""
-    cases = ((1, 2), (1, 8), (5, 8))
-    assert (
-        len({count_host_reads([[7] * 6] * n, max_denoising_steps=k, block_cache=block_cache) for n, k in cases}) == 1
-    )
-
-
-def test_passes_of_rows_of_different_length_read_no_number_on_the_host(monkeypatch):
-    monkeypatch.setattr("illada.prediction.BUCKET", 2)
-    batches = ([[7] * 6, [8]], [[7] * 6, [8] * 5, [9] * 3, [10]])
-    assert len({count_host_reads(batch, max_denoising_steps=k) for batch in batches for k in (2, 8)}) == 1
 
 
 # Arguments

@@ -66,14 +66,14 @@ def test_every_way_of_decoding_fills_the_canvas(model, batch, schedule, rule, ra
     for step in steps:
         # Each row that takes part commits at least one of its masks, and no more than its masks.
         is_predicted = step.confidence.isfinite()
-        assert step.committed.any(-1).all()
+        assert step.committed.any()
         assert not (step.committed & ~is_predicted).any()
-        block = step.tokens[:, step.start : step.end]
+        block = step.tokens[step.columns]
         assert torch.equal(block[step.committed], step.proposals[step.committed])
         assert (block[is_predicted & ~step.committed] == MASK).all()
         assert (step.proposals[is_predicted] != MASK).all()
-        for row in step.rows.tolist():
-            passes[row] += 1
+        passes[step.row] += 1
+        assert step.num_forward_passes == passes[step.row]
     assert output.num_forward_passes.tolist() == passes
     assert output.sequences.shape[1] <= width + schedule["max_new_tokens"]
     for row, prompt in enumerate(batch):

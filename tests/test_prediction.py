@@ -6,7 +6,7 @@ from tiny_models import EOS, MASK, PAD, pad_left, random_model
 
 from illada import MaskedDiffusionGenerationConfig
 from illada.canvas import Canvas
-from illada.prediction import Predictor
+from illada.prediction import FullPredictor
 
 LENGTHS = [30, 300, 31, 290]
 
@@ -33,24 +33,23 @@ def passes(model):
 @torch.no_grad()
 def test_logits_are_those_of_each_row_alone(model, guidance_scale):
     generator = torch.Generator().manual_seed(0)
-    batch = [torch.randint(EOS + 1, MASK, (length,), generator=generator).tolist() for length in LENGTHS]
-    inputs = pad_left(batch)
-    canvas = Canvas(inputs["input_ids"], inputs["attention_mask"].bool(), MASK)
-    config = MaskedDiffusionGenerationConfig(guidance_scale=guidance_scale)
-    predictor = Predictor(model, canvas, config, 300 + 4)
-    canvas.append_masks(4)
-    predictor.begin(canvas.block(300, 304))
-    for rows in (torch.arange(4), torch.tensor([1, 2, 3]), torch.tensor([0, 2])):
-        assert predictor.seat(rows).equal(rows)
-        # Rows and columns in any order.
-        places, columns = torch.tensor([[1, 0, len(rows) - 1, 0, 1], [303, 301, 300, 300, 302]])
-        logits = predictor(places, columns)
-        for place, column, row_logits in zip(places.tolist(), columns.tolist(), logits, strict=True):
-            tokens = torch.tensor([batch[rows[place]] + [MASK] * 4])
-            position = column - 304
-            expected = model(tokens).logits[0, position]
+    batch = [torch.randint(EOS + 1, MASK, (length,), generator=generator) for length in LENGTHS]
+    config = MaskedDiffusionGenerationConfig(guidance_scale=guidance_scale, canvas="growing", block_length=4)
+    canvas = Canvas(4, MASK)
+    rows = [canvas.admit(index, prompt, 8, config) for index, prompt in enumerate(batch)]
+    for row in rows:
+        row.block = next(row.blocks)
+    predictor = FullPredictor(model, canvas, torch.device("cpu"), 1 if guidance_scale is None else 2)
+    for taken in ([0, 1, 2, 3], [3, 1, 2], [0, 2]):
+        # Rows and positions of their blocks, in any order.
+        places, offsets = torch.tensor([[1, 0, len(taken) - 1, 0, 1], [3, 1, 0, 0, 2]])
+        lengths = torch.tensor([LENGTHS[index] for index in taken])
+        logits = predictor.logits([rows[index] for index in taken], places, lengths[places] + offsets)
+        for place, offset, row_logits in zip(places.tolist(), offsets.tolist(), logits, strict=True):
+            tokens = torch.tensor([batch[taken[place]].tolist() + [MASK] * 4])
+            expected = model(tokens).logits[0, offset - 4]
             if guidance_scale is not None:
-                without = model(torch.full_like(tokens, MASK)).logits[0, position]
+                without = model(torch.full_like(tokens, MASK)).logits[0, offset - 4]
                 expected = without + guidance_scale * (expected - without)
             torch.testing.assert_close(row_logits, expected, rtol=0, atol=1e-9)
 

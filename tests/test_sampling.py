@@ -140,12 +140,13 @@ def test_a_users_processor_sees_the_canvas_of_each_masked_position(model, do_sam
         top_k=1,
         logits_processor=LogitsProcessorList([recorder]),
     )
+    # Each text as it is by itself, without padding.
     M = MASK
-    first, second = [C, C, C, M, M], [M, M, D, M, M]  # padding reads as [MASK]
-    assert recorder.calls[0] == ([first, first, second, second], (4, 16))
-    first, second = [C, C, C, B, M], [M, M, D, B, M]
-    assert recorder.calls[1] == ([first, second], (2, 16))
-    assert len(recorder.calls) == 2
+    assert recorder.calls[0] == ([[C, C, C, M, M]] * 2, (2, 16))
+    assert recorder.calls[1] == ([[D, M, M]] * 2, (2, 16))
+    assert recorder.calls[2] == ([[C, C, C, B, M]], (1, 16))
+    assert recorder.calls[3] == ([[D, B, M]], (1, 16))
+    assert len(recorder.calls) == 4
     assert output[:, 3:].tolist() == [[B, B], [B, B]]
 
 
@@ -158,9 +159,9 @@ def test_low_confidence_ranks_the_sampled_tokens(model):
     steps = []
     _sample(model, max_new_tokens=40, block_length=40, max_denoising_steps=40, on_step=steps.append)
     step = steps[0]
-    best = max(PROBABILITIES[token] for token in step.proposals[0].tolist())
-    (committed,) = step.committed[0].nonzero().flatten().tolist()
-    samples = [PROBABILITIES[token] for token in step.proposals[0].tolist()]
+    best = max(PROBABILITIES[token] for token in step.proposals.tolist())
+    (committed,) = step.committed.nonzero().flatten().tolist()
+    samples = [PROBABILITIES[token] for token in step.proposals.tolist()]
     assert committed == samples.index(best)
 
 

@@ -55,7 +55,7 @@ def test_a_row_waits_for_what_stands_before_its_eos():
     output = model.generate(
         prompt_of(1), max_new_tokens=6, block_length=6, on_step=steps.append, return_dict_in_generate=True
     )
-    assert [step.committed[0].nonzero().flatten().tolist() for step in steps] == [[2], [3], [4], [5], [0], [1]]
+    assert [step.committed.nonzero().flatten().tolist() for step in steps] == [[2], [3], [4], [5], [0], [1]]
     assert output.sequences.tolist() == [[7, A, B, EOS]]
     # The other way round confidence falls along the text: EOS comes third, and what follows it is never decided.
     model = TableModel(table_of({1: {A: 0.9}, 2: {B: 0.8}, 3: {EOS: 0.7}, 4: {C: 0.6}, 5: {C: 0.6}}, 6, vocab_size=37))
@@ -79,15 +79,15 @@ def test_what_follows_the_end_is_padding():
 def test_without_a_pad_id_the_first_eos_id_pads():
     model = writer_of([A])
     model.generation_config.pad_token_id = None
-    batch = {"inputs": torch.tensor([[7], [7]]), "max_new_tokens": 4}
+    batch = {"inputs": torch.tensor([[7], [8]]), "max_new_tokens": 4}
     # The second row is stopped after its first token, so the first one's EOS stands beside padding.
     output = model.generate(**batch, block_length=1, eos_token_id=[D, EOS], stopping_criteria=[_SecondRow()])
-    assert output.tolist() == [[7, A, EOS], [7, A, D]]
+    assert output.tolist() == [[7, A, EOS], [8, A, D]]
 
 
 class _SecondRow:
     def __call__(self, input_ids, scores):
-        return torch.tensor([False, True])
+        return input_ids[:, 0] == 8
 
 
 # Stop strings
@@ -218,8 +218,9 @@ def test_on_a_fixed_canvas_criteria_see_no_masks():
     assert output.tolist() == [[7, A, B, C, D]]
 
 
-def test_a_criterion_stops_rows_one_by_one():
-    criterion = _Criterion([[False, True], [True, False]])
+def test_a_criterion_is_asked_for_each_row_by_itself():
+    """With a batch of one, at the end of the row's own blocks: rows are not at the same block at the same time."""
+    criterion = _Criterion([[False], [True], [True]])
     output = writer_of([A, B, C, D, A]).generate(
         torch.tensor([[7], [10]]),
         max_new_tokens=5,
@@ -227,22 +228,30 @@ def test_a_criterion_stops_rows_one_by_one():
         stopping_criteria=[criterion],
         return_dict_in_generate=True,
     )
+    assert criterion.seen == [[[7, A, B]], [[10, A, B]], [[7, A, B, C, D]]]
     assert output.sequences.tolist() == [[7, A, B, C, D], [10, A, B, PAD, PAD]]
     assert output.num_forward_passes.tolist() == [4, 2]
 
 
 def test_criteria_are_not_asked_before_there_is_a_response():
-    """A row without blanks would else be stopped because a row beside it has some, and blanks would stay open."""
-    criterion = _Criterion([[True, True]])
+    """Or else blanks could stay open."""
+    criterion = _Criterion([[True], [True]])
     output = writer_of([A, B, C, D], prompt_length=1).generate(
         torch.tensor([[7, MASK, MASK], [7, 7, 7]]), max_new_tokens=2, block_length=1, stopping_criteria=[criterion]
     )
-    assert criterion.seen == [[[7, A, B, C], [7, 7, 7, C]]]
+    assert criterion.seen == [[[7, 7, 7, C]], [[7, A, B, C]]]
     assert output.tolist() == [[7, A, B, C], [7, 7, 7, C]]
 
 
-def test_a_criterion_may_answer_for_the_whole_batch():
-    """One bool, as `StoppingCriteriaList` allows."""
+def test_a_criterion_that_answers_for_several_texts_is_refused():
+    with pytest.raises(ValueError, match="`stopping_criteria` must answer with one bool for each text"):
+        writer_of([A] * 9).generate(
+            prompt_of(1), max_new_tokens=4, stopping_criteria=[lambda ids, scores: torch.tensor([True, False])]
+        )
+
+
+def test_a_criterion_may_answer_with_a_plain_bool():
+    """As `StoppingCriteriaList` allows."""
     output = writer_of([A] * 9).generate(
         torch.tensor([[7], [10]]),
         max_new_tokens=9,

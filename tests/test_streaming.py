@@ -92,12 +92,15 @@ def test_a_draft_is_the_block_with_predictions_in_place_of_masks():
     model.generate(
         torch.tensor([[7, MASK, 9]]), max_new_tokens=7, block_length=4, streamer=recorder, on_step=steps.append
     )
-    assert recorder.of("draft") == [step.proposals[0].tolist() for step in steps]
+    # A blank is shown within the prompt.
+    blank, *response = steps
+    assert recorder.of("draft")[0] == [7, blank.proposals.item(), 9]
+    assert recorder.of("draft")[1:] == [step.proposals.tolist() for step in response]
     for step in steps:
-        block = step.tokens[0, step.start : step.end]
+        block = step.tokens[step.columns]
         is_decided = block != MASK
-        assert torch.equal(step.proposals[0][is_decided], block[is_decided])
-        assert (step.proposals[0] != MASK).all()
+        assert torch.equal(step.proposals[is_decided], block[is_decided])
+        assert (step.proposals != MASK).all()
 
 
 def test_a_streamer_gets_what_stands_before_a_stop_string_and_no_more():
@@ -170,6 +173,8 @@ def test_on_step_receives_the_rows_that_took_part():
     mask = torch.tensor([[1, 1, 1], [0, 0, 1]])
     model.generate(prompts, attention_mask=mask, max_new_tokens=8, block_length=1, on_step=steps.append)
     # Row 0 writes positions 3, 4, 5: A B EOS. Row 1 writes positions 1, 2 (token 3), then the same.
-    assert [step.rows.tolist() for step in steps] == [[0, 1]] * 3 + [[1]] * 2
-    assert [(step.start, step.end) for step in steps] == [(i, i + 1) for i in range(3, 8)]
-    assert steps[-1].tokens.tolist() == [[1, 1, 7, 3, 3, A, B, EOS]]
+    assert [step.row for step in steps] == [0, 1] * 3 + [1] * 2
+    assert [step.columns.tolist() for step in steps if step.row == 0] == [[3], [4], [5]]
+    assert [step.columns.tolist() for step in steps if step.row == 1] == [[1], [2], [3], [4], [5]]
+    assert [step.num_forward_passes for step in steps if step.row == 1] == [1, 2, 3, 4, 5]
+    assert steps[-1].tokens.tolist() == [7, 3, 3, A, B, EOS]

@@ -78,8 +78,8 @@ def test_live_view_shows_settled_committed_and_drafted_tokens(tokenizer, tiny_mo
     # the blank of the prompt is shown within its text
     assert [blank.plain[span.start : span.end] for span in blank.spans if span.style == COMMITTED_STYLE] != []
     for count, (step, text) in enumerate(zip(steps[1:], response), start=1):
-        assert text.plain == tokenizer.decode(step.proposals[0], skip_special_tokens=True)
-        drafted = sum(step.confidence[0].isfinite()) - step.committed[0].sum()
+        assert text.plain == tokenizer.decode(step.proposals, skip_special_tokens=True)
+        drafted = step.confidence.isfinite().sum() - step.committed.sum()
         assert drafted == 6 - count
         assert any(span.style == DRAFT_STYLE for span in text.spans) == (drafted > 0)
 

@@ -58,13 +58,12 @@ class LiveDenoising:
 
     def render(self, step: DenoisingStep) -> Text:
         """The response so far (the whole text where blanks of the prompt are filled), up to its first EOS."""
-        shown = step.tokens[0].clone()
-        shown[step.start : step.end] = step.proposals[0]
+        shown = step.tokens.clone()
+        shown[step.columns] = step.proposals
         style = torch.zeros_like(shown)
-        drafted = step.confidence[0].isfinite() & ~step.committed[0]
-        style[step.start : step.end] = drafted + 2 * step.committed[0]
-        tokens, styles = torch.stack([shown, style]).tolist()  # one read of the device
-        start = 0 if step.start < self.prompt_length else self.prompt_length
+        style[step.columns] = (step.confidence.isfinite() & ~step.committed) + 2 * step.committed
+        tokens, styles = shown.tolist(), style.tolist()
+        start = 0 if step.columns[0] < self.prompt_length else self.prompt_length
         eos = (column for column in range(self.prompt_length, len(tokens)) if tokens[column] in self.eos_token_ids)
         end = next(eos, len(tokens))
         text = Text()

@@ -68,16 +68,18 @@ class LiveTokens:
         self.commits: dict[int, tuple[int, float]] = {}  # column: step and confidence
 
     def __call__(self, step: DenoisingStep) -> list[dict]:
-        self.num_steps += 1
-        confidences = dict(enumerate(step.confidence[0].tolist(), start=step.start))
-        for column in (step.committed[0].nonzero().squeeze(-1) + step.start).tolist():
-            self.commits[column] = (self.num_steps, confidences[column])
-        guesses = dict(enumerate(step.proposals[0].tolist(), start=step.start))
-        ids = step.tokens[0].tolist()
+        self.num_steps = step.num_forward_passes
+        columns = step.columns.tolist()
+        confidences = dict(zip(columns, step.confidence.tolist()))
+        guesses = dict(zip(columns, step.proposals.tolist()))
+        for column, is_committed in zip(columns, step.committed.tolist()):
+            if is_committed:
+                self.commits[column] = (self.num_steps, confidences[column])
+        ids = step.tokens.tolist()
         ends = (column + 1 for column in range(self.first_column, len(ids)) if ids[column] in self.eos_token_ids)
         tokens = self.finished(ids[: next(ends, None)])
         for column, token in enumerate(tokens, start=self.first_column):
-            if step.tokens[0, column] == self.mask_token_id:
+            if step.tokens[column] == self.mask_token_id:
                 guess = guesses.get(column, self.mask_token_id)
                 is_guessed = guess != self.mask_token_id
                 token["text"] = self.tokenizer.decode(guess) if is_guessed else ""

@@ -2,21 +2,16 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import TableModel, prompt_of, table_of
 
-from illada.remasking import (
-    RANKINGS,
-    Prediction,
-    commit_by_entropy_bound,
-    commit_by_factor,
-    commit_by_quota,
-    commit_by_threshold,
-    commit_quotas,
-    entropy,
-)
+from illada.commit_rules import ConfidenceFactor, ConfidenceThreshold, EntropyBound, Quota, quota_of
+from illada.rankings import RANKINGS
+from illada.step import Prediction, Step
+
 
 A, B, C, D = 6, 7, 8, 9
 
@@ -31,7 +26,7 @@ def commits_of(table: torch.Tensor, prompt_length: int = 1, **arguments) -> list
         on_step=steps.append,
         **arguments,
     )
-    return [(step.start + step.committed[0].nonzero().squeeze(-1)).tolist() for step in steps]
+    return [step.columns[step.committed].tolist() for step in steps]
 
 
 # Positions 1 to 6, whose likeliest tokens have the probabilities
@@ -186,19 +181,41 @@ def test_random_ranking_of_a_parallel_step_is_a_permutation():
     assert sorted(sum(commits, [])) == [1, 2, 3, 4, 5, 6]
 
 
-# The pure functions
+# The rules
+
+
+def step_of(masked: torch.BoolTensor, quota=0, **values: torch.Tensor) -> Step:
+    """A step whose predictions have these `probability`, `entropy` or `scores` (R, W) where `masked`."""
+    flat = {name: value[masked] for name, value in values.items() if name != "scores"}
+    prediction = SimpleNamespace(tokens=torch.zeros(int(masked.sum()), dtype=torch.long), **flat)
+    quota = torch.as_tensor(quota).expand(len(masked))
+    step = Step(prediction, torch.zeros_like(masked, dtype=torch.long), masked, masked, quota)
+    step.scores = values.get("scores", torch.zeros(masked.shape)).masked_fill(~masked, -torch.inf)
+    return step
+
+
+def commit_by_threshold(confidence, masked, threshold):
+    return ConfidenceThreshold(threshold)(step_of(masked, probability=confidence)).commit & masked
+
+
+def commit_by_factor(confidence, masked, factor):
+    return ConfidenceFactor(factor)(step_of(masked, probability=confidence)).commit & masked
+
+
+def commit_by_entropy_bound(entropies, masked, bound):
+    return EntropyBound(bound)(step_of(masked, entropy=entropies)).commit & masked
 
 
 def test_quotas():
-    quotas = commit_quotas(torch.tensor([0, 1, 5, 6, 7, 32]), 4)
-    assert quotas.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [2, 1, 1, 1], [2, 2, 1, 1], [2, 2, 2, 1], [8, 8, 8, 8]]
+    quotas = [[quota_of(n, 4, step) for step in range(4)] for n in (0, 1, 5, 6, 7, 32)]
+    assert quotas == [[0, 0, 0, 0], [1, 0, 0, 0], [2, 1, 1, 1], [2, 2, 1, 1], [2, 2, 2, 1], [8, 8, 8, 8]]
 
 
 def test_commit_by_quota_in_a_batch():
     scores = torch.tensor([[0.3, 0.9, 0.9, 0.1], [0.5, 0.5, 0.5, 0.5], [0.9, 0.1, 0.2, 0.3]])
     masked = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 0]]).bool()
     quota = torch.tensor([1, 2, 5])
-    committed = commit_by_quota(scores, masked, quota)
+    committed = Quota()(step_of(masked, quota, scores=scores)).commit
     # Row 0: the first of the two 0.9. Row 1: the lower two that are masked. Row 2: never more than there are masks.
     assert committed.int().tolist() == [[0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0]]
 
@@ -255,13 +272,18 @@ def test_the_rows_of_a_batch_are_apart():
         assert torch.equal(together, alone)
 
 
+def entropy_of(logits: torch.Tensor) -> torch.Tensor:
+    return Prediction(logits, logits.argmax(-1)).entropy
+
+
 def test_entropy_against_the_sum():
     logits = torch.randn(20, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
     logits[3, 4] = logits[5, 0] = -torch.inf  # p log p of p = 0 is 0
-    for row, value in zip(logits.softmax(-1).tolist(), entropy(logits).tolist()):
+    entropy = entropy_of(logits)
+    for row, value in zip(logits.softmax(-1).tolist(), entropy.tolist()):
         assert value == pytest.approx(-sum(p * math.log(p) for p in row if p > 0))
-    assert entropy(torch.zeros(1, 8)).item() == pytest.approx(math.log(8))
-    assert entropy(torch.tensor([[0.0, -torch.inf, -torch.inf]])).item() == 0
+    assert entropy_of(torch.zeros(1, 8)).item() == pytest.approx(math.log(8))
+    assert entropy_of(torch.tensor([[0.0, -torch.inf, -torch.inf]])).item() == 0
 
 
 def test_token_probability():
@@ -273,8 +295,9 @@ def test_token_probability():
 def test_rankings_are_of_the_proposal_or_of_the_distribution():
     # Probabilities .5 .3 .2, the proposal is the third token, as sampling may give.
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    prediction = Prediction(logits, torch.tensor([2]))
-    scores = {name: rank(prediction, None).item() for name, rank in RANKINGS.items()}
+    one = torch.ones(1, 1, dtype=torch.bool)
+    step = Step(Prediction(logits, torch.tensor([2])), one.long(), one, one, one.long()[0], noise=lambda: torch.rand(1))
+    scores = {name: rank(step).item() for name, rank in RANKINGS.items()}
     assert scores["low_confidence"] == pytest.approx(0.2)
     assert scores["margin"] == pytest.approx(0.5 - 0.3)
     assert scores["entropy"] == pytest.approx(0.5 * math.log(0.5) + 0.3 * math.log(0.3) + 0.2 * math.log(0.2))
