@@ -45,7 +45,9 @@ class BlockCacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor):
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (self._buffer(states.shape[1], states.shape[3]) for states in (key_states, value_states))
+        self.keys, self.values = (
+            self._buffer(states.shape[1], states.shape[3]) for states in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def _buffer(self, num_heads: int, head_size: int) -> torch.Tensor:

@@ -51,7 +51,9 @@ class CompiledPredictor(CachedPredictor):
     Rows keep the place of their row in the canvas, and all places take part in every block pass.
     """
 
-    def __init__(self, model, canvas, device, num_branches: int, passes: CompiledPasses, compile_config: CompileConfig):
+    def __init__(
+        self, model, canvas, device, num_branches: int, passes: CompiledPasses, compile_config: CompileConfig
+    ):
         super().__init__(model, canvas, device, num_branches)
         self.cache, self.passes, self.width = None, passes, 0
         self.decoder = passes.function(model.get_decoder(), compile_config)

@@ -147,7 +147,9 @@ class Denoiser:
                 boosted += [] if raised is None else [(start + columns.index(first), *raised)]
             start += len(columns)
         if early:
-            logits[torch.tensor(early, device=self.device).unsqueeze(-1), self.eos_token_ids.to(self.device)] = -torch.inf
+            logits[
+                torch.tensor(early, device=self.device).unsqueeze(-1), self.eos_token_ids.to(self.device)
+            ] = -torch.inf
         if boosted:
             index, token_ids, amounts = (torch.tensor(values, device=self.device) for values in zip(*boosted))
             logits[index, token_ids] += amounts.to(logits.dtype)

@@ -119,7 +119,7 @@ class Engine:
         """
         if self.max_tokens is not None and request.num_columns > self.max_tokens:
             raise ValueError(
-                f"A request must fit into `max_tokens`={self.max_tokens}, got a prompt of {len(request.prompt)} tokens "
+                f"A request must fit into `max_tokens`={self.max_tokens}, got {len(request.prompt)} tokens of prompt "
                 f"and a budget of {request.max_new_tokens}."
             )
         self.waiting.append(request)
@@ -226,7 +226,7 @@ class Engine:
         return id(denoiser), id(self.rules[row]), row.length if denoiser.reads_texts else None
 
     def _write(self, blocks: ActiveBlocks, tokens, bits, commit, remask):
-        """Writes what was decided for the rows of `blocks`, all (R, W) on the host, and finishes those that are done."""
+        """Writes what was decided for the rows of `blocks`, all (R, W) on the host; finishes those that are done."""
         masked, denoiser = blocks.masked, self.active[blocks.rows[0]].denoiser
         confidence = bits.view(torch.float32).masked_fill(~masked, torch.nan)
         is_broken = masked & confidence.isnan()
@@ -271,7 +271,7 @@ class Engine:
             self._open_next_block(row)
 
     def _stopped_at(self, row: Row, end: int | None) -> int | None:
-        """The column at which the text ends: right after a stop string, else `end`, else where a criterion stops it."""
+        """Where the text ends: right after a stop string, else at `end`, else where a criterion stops it."""
         first, last = int(row.block[0]), int(row.block[-1]) + 1
         others = []
         for criterion in self.active[row].stopping_criteria:
@@ -283,7 +283,9 @@ class Engine:
                 if criterion(response[None, :length], None).item():
                     end = row.prompt_length + length
                     break
-        if end is None and any(_is_stopped(criterion(self.canvas.text(row, last)[None], None)) for criterion in others):
+        if end is None and any(
+            _is_stopped(criterion(self.canvas.text(row, last)[None], None)) for criterion in others
+        ):
             end = last
         return end
 
@@ -347,7 +349,9 @@ def _read(outcomes: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def _is_stopped(answer: bool | torch.Tensor) -> bool:
     if torch.as_tensor(answer).numel() != 1:
-        raise ValueError(f"`stopping_criteria` must answer with one bool for each text, asked by itself, got {answer}.")
+        raise ValueError(
+            f"`stopping_criteria` must answer with one bool for each text, asked by itself, got {answer}."
+        )
     return bool(answer)
 
 

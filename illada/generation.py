@@ -37,6 +37,7 @@ from .prompts import prepare_max_new_tokens, prepare_prompts
 from .rankings import RANKINGS
 from .revision import RevisionOutput, check_revision, least_likely, leave_one_out_confidences
 
+
 @dataclass
 class MaskedDiffusionGenerationOutput(ModelOutput):
     """What `generate` returns with `return_dict_in_generate=True`. B counts the returned rows, S their tokens.

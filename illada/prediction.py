@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from .block_cache import BlockCache, StaticBlockCache
+from .block_cache import BlockCache
 from .canvas import Canvas, Row
 from .generation_config import MaskedDiffusionGenerationConfig
 from .logits import guide, promote
@@ -48,7 +48,7 @@ def is_guided(config: MaskedDiffusionGenerationConfig) -> bool:
 
 
 def groups_of_like_length(rows: list[Row]) -> list[list[int]]:
-    """The places of the rows that share a full pass: none is a bucket or more shorter than the longest of its group."""
+    """The places of rows that share a full pass: none is a bucket or more shorter than the longest of its group."""
     order = sorted(range(len(rows)), key=lambda place: -rows[place].length)
     groups: list[list[int]] = []
     for place in order:
@@ -193,7 +193,7 @@ class CachedPredictor(FullPredictor):
         return self._pass(rows, computed, num_visible, (places, index), self._call_model)
 
     def _lay_out(self, rows: list[Row], places, columns, width: int = 0) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """The columns (R, W) to compute, filled up with the scratch column, and where `columns` (M,) are among them."""
+        """The columns (R, W) to compute, filled up with the scratch column, and the places of `columns` (M,) there."""
         computed = [self.computed[row] for row in rows]
         width, scratch = max(width, *(len(each) for each in computed)), self.cache.num_columns - 1
         computed = torch.stack([F.pad(each, (0, width - len(each)), value=scratch) for each in computed])

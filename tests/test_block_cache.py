@@ -9,7 +9,6 @@ from cache_oracle import oracle_generate
 from hypothesis import given
 from hypothesis import strategies as st
 from test_decoding_properties import (
-    MODELS,
     batches,
     certain_rankings,
     examples,

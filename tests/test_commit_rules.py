@@ -12,7 +12,6 @@ from illada.commit_rules import ConfidenceFactor, ConfidenceThreshold, EntropyBo
 from illada.rankings import RANKINGS
 from illada.step import Prediction, Step
 
-
 A, B, C, D = 6, 7, 8, 9
 
 
@@ -296,7 +295,9 @@ def test_rankings_are_of_the_proposal_or_of_the_distribution():
     # Probabilities .5 .3 .2, the proposal is the third token, as sampling may give.
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
     one = torch.ones(1, 1, dtype=torch.bool)
-    step = Step(Prediction(logits, torch.tensor([2])), one.long(), one, one, one.long()[0], noise=lambda: torch.rand(1))
+    step = Step(
+        Prediction(logits, torch.tensor([2])), one.long(), one, one, one.long()[0], noise=lambda: torch.rand(1)
+    )
     scores = {name: rank(step).item() for name, rank in RANKINGS.items()}
     assert scores["low_confidence"] == pytest.approx(0.2)
     assert scores["margin"] == pytest.approx(0.5 - 0.3)

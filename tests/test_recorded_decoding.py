@@ -1,8 +1,8 @@
 """Decoding against what version 0.1 wrote on random settings, before its core was rebuilt.
 
-`fixtures/decoding_0.1.json` has 420 settings (canvas, lengths, blocks, steps, rules, rankings, guidance, blanks, ragged
-batches, caches, sampling of one row with a generator, the end-of-thinking boost, `defer_eos`, `revise`) with the tokens,
-passes and commit steps that commit 028fc68 gave in fp64.
+`fixtures/decoding_0.1.json` has 420 settings (canvas, lengths, blocks, steps, rules, rankings, guidance, blanks,
+ragged batches, caches, sampling of one row with a generator, the end-of-thinking boost, `defer_eos`, `revise`) with
+the tokens, passes and commit steps that commit 028fc68 gave in fp64.
 """
 
 import json
@@ -21,7 +21,9 @@ def _model(seed: int, num_layers: int):
     return random_model(seed, num_layers=num_layers)
 
 
-@pytest.mark.parametrize("index", range(len(RECORDS)), ids=[f"{i}-{record['kind']}" for i, record in enumerate(RECORDS)])
+@pytest.mark.parametrize(
+    "index", range(len(RECORDS)), ids=[f"{i}-{record['kind']}" for i, record in enumerate(RECORDS)]
+)
 def test_decoding_is_what_it_was(index):
     record = RECORDS[index]
     model, inputs = _model(record["model_seed"], record["num_layers"]), pad_left(record["prompts"])

@@ -187,7 +187,7 @@ class Page:
             live = LiveTokens(self.tokenizer, self.mask_token_id, len(input_ids), self.eos_token_ids)
 
             def show(step: DenoisingStep) -> dict:
-                session.draft = self._draft(step.tokens[0, len(input_ids) :].tolist())
+                session.draft = self._draft(step.tokens[len(input_ids) :].tolist())
                 return {self.conversation: conversation_html(session.shown_turns())}
 
             arguments = self._settings(self.settings.answer_arguments(values), values)

@@ -174,8 +174,8 @@ class _SettledTokens:
         self.reported, self.num_passes = request.first_column, 0
 
     def on_step(self, step: DenoisingStep):
-        self.num_passes += 1
-        tokens = step.tokens[0].tolist()
+        self.num_passes = step.num_forward_passes
+        tokens = step.tokens.tolist()
         end = self.reported
         while end < len(tokens) and tokens[end] != self.config.mask_token_id:
             end += 1
