@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipelin
 from typer import Typer
 from typer.testing import CliRunner
 
-import illada  # noqa: F401
+import illada
 from illada.conversion import cli, export_to_hub_folder
 from illada.llada_names import standard_name
 
