@@ -1,6 +1,7 @@
 """Compiled block passes: one shape, one compilation, for all blocks, rows and later calls of like length."""
 
 import threading
+import weakref
 from dataclasses import replace
 
 import torch
@@ -12,10 +13,11 @@ from .prediction import BUCKET, CachedPredictor
 
 
 class CompiledPasses:
-    """What a model keeps for compiled calls: compiled functions, and caches that no call is using.
+    """What is kept for later compiled calls of a model: compiled functions, and caches that no call is using.
 
     CUDA graphs know a cache by its address, and a compiled function is made for its shape, so a later call borrows the
-    cache of an earlier one. Two calls at a time have a cache each.
+    cache of an earlier one. Two calls at a time have a cache each. All of it is kept beside the model, which can be
+    copied and pickled as before, and goes with it.
     """
 
     MAX_FREE_CACHES = 4
@@ -45,19 +47,20 @@ class CompiledPasses:
             self.free = [*self.free, (key, cache)][-self.MAX_FREE_CACHES :]
 
 
+_PASSES: "weakref.WeakKeyDictionary[torch.nn.Module, CompiledPasses]" = weakref.WeakKeyDictionary()
+
+
 class CompiledPredictor(CachedPredictor):
     """A [`CachedPredictor`] whose block passes go to the compiled decoder, in one shape.
 
     Rows keep the place of their row in the canvas, and all places take part in every block pass.
     """
 
-    def __init__(
-        self, model, canvas, device, num_branches: int, passes: CompiledPasses, compile_config: CompileConfig
-    ):
+    def __init__(self, model, canvas, device, num_branches: int, compile_config: CompileConfig):
         super().__init__(model, canvas, device, num_branches)
-        self.cache, self.passes, self.width = None, passes, 0
-        self.decoder = passes.function(model.get_decoder(), compile_config)
-        self.num_columns = 0
+        self.cache, self.num_columns, self.width = None, 0, 0
+        self.passes = _PASSES.setdefault(model, CompiledPasses())
+        self.decoder = self.passes.function(model.get_decoder(), compile_config)
 
     def begin(self, row: Row):
         self.computed[row] = self._columns_of(row)

@@ -58,6 +58,7 @@ class Request:
             stop strings see the response only.
         streamer (*optional*): receives the prompt, each settled block, and drafts if it has `put_draft`.
         on_step (`Callable`, *optional*): called with a [`DenoisingStep`] after each pass.
+        on_done (`Callable`, *optional*): called with the request once it is finished or has failed.
         index (`int`): the request's place among those of a call, for `on_step`.
 
     Attributes:
@@ -74,6 +75,7 @@ class Request:
     stopping_criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
     streamer: object | None = None
     on_step: Callable[[DenoisingStep], None] | None = None
+    on_done: "Callable[[Request], None] | None" = None
     index: int = 0
     result: RequestResult | None = field(default=None, init=False)
     error: Exception | None = field(default=None, init=False)
@@ -111,17 +113,17 @@ class Engine:
         self.predictors: dict[tuple, Predictor] = {}
         self.num_passes = self.num_row_passes = 0
 
-    def add(self, request: Request):
-        """Puts a request in line.
-
-        Raises:
-            ValueError: if it would not fit even by itself.
-        """
+    def check(self, request: Request):
+        """Raises a `ValueError` if a request would not fit even by itself."""
         if self.max_tokens is not None and request.num_columns > self.max_tokens:
             raise ValueError(
                 f"A request must fit into `max_tokens`={self.max_tokens}, got {len(request.prompt)} tokens of prompt "
                 f"and a budget of {request.max_new_tokens}."
             )
+
+    def add(self, request: Request):
+        """Puts a request in line; [`check`] says whether it can ever be admitted."""
+        self.check(request)
         self.waiting.append(request)
 
     def cancel(self, request: Request):
@@ -311,6 +313,8 @@ class Engine:
         tokens, given, steps, confidences = (values[row.index, :end].clone() for values in texts)
         request.result = RequestResult(tokens, given, row.num_passes, steps, confidences)
         self._leave(row)
+        if request.on_done is not None:
+            request.on_done(request)
 
     def _leave(self, row: Row):
         request = self.active.pop(row)
@@ -327,8 +331,11 @@ class Engine:
         except Exception as error:
             for row in rows:
                 if row in self.active:
-                    self.active[row].error = error
+                    request = self.active[row]
+                    request.error = error
                     self._leave(row)
+                    if request.on_done is not None:
+                        request.on_done(request)
 
 
 def _grouped(items: Iterable, key: Callable) -> dict:

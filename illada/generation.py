@@ -26,7 +26,8 @@ from transformers.utils import ModelOutput
 from .adapters import check_adapters
 from .canvas import Canvas
 from .commit_rules import rule_of
-from .compiled import CompiledPasses, CompiledPredictor
+from .compiled import CompiledPredictor
+from .continuous_batching import ContinuousBatchingMixin
 from .denoising import Denoiser, DenoisingStep
 from .end_of_thinking import EndOfThinkingBoost
 from .engine import Engine, Request, RequestResult
@@ -62,7 +63,7 @@ class MaskedDiffusionGenerationOutput(ModelOutput):
     commit_confidences: torch.FloatTensor | None = None
 
 
-class MaskedDiffusionGenerationMixin(RefusesWritingFromLeftToRight, GenerationMixin):
+class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFromLeftToRight, GenerationMixin):
     """`generate` for a model whose `forward` predicts the token of every position, masked ones included."""
 
     default_canvas = "growing"
@@ -392,15 +393,8 @@ class MaskedDiffusionGenerationMixin(RefusesWritingFromLeftToRight, GenerationMi
         """The predictor that the settings ask for."""
         arguments = self, canvas, self._execution_device, 2 if is_guided(config) else 1
         if config.compile:
-            if not hasattr(self, "_compiled_passes"):
-                self._compiled_passes = CompiledPasses()
-            compile_config = config.compile_config or CompileConfig(dynamic=False)
-            return CompiledPredictor(*arguments, self._compiled_passes, compile_config)
+            return CompiledPredictor(*arguments, config.compile_config or CompileConfig(dynamic=False))
         return FullPredictor(*arguments) if config.block_cache is None else CachedPredictor(*arguments)
-
-    def __getstate__(self) -> dict:
-        """What is copied and pickled: all but compiled functions and their caches, which belong to this object."""
-        return {name: value for name, value in self.__dict__.items() if name != "_compiled_passes"}
 
 
 def _gather(

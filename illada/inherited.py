@@ -16,9 +16,6 @@ def _refusing(name: str, instead: str) -> Callable:
     return method
 
 
-_PADDED_BATCH = "pass a padded batch to `generate`"
-
-
 class RefusesWritingFromLeftToRight:
     """A base, before `GenerationMixin`, of classes that generate."""
 
@@ -26,10 +23,7 @@ class RefusesWritingFromLeftToRight:
         "compute_transition_scores",
         "`generate(output_trace=True, return_dict_in_generate=True)` returns `commit_confidences`",
     )
-    continuous_batching_context_manager = _refusing("continuous_batching_context_manager", _PADDED_BATCH)
-    generate_batch = _refusing("generate_batch", _PADDED_BATCH)
     heal_tokens = _refusing("heal_tokens", "put [MASK] in place of the token, and `generate` fills it")
-    init_continuous_batching = _refusing("init_continuous_batching", _PADDED_BATCH)
     prepare_inputs_for_generation = _refusing(
         "prepare_inputs_for_generation", "`generate` prepares its own inputs; one forward pass is `model(input_ids)`"
     )

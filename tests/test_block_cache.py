@@ -1,7 +1,11 @@
 """The block cache: exact where it must be, its own approximation elsewhere, and nothing of the canvas copied."""
 
+import copy
 import json
+import pickle
 import random
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -370,3 +374,57 @@ def test_compiled_to_machine_code(fresh_dynamo):
     assert torch.equal(model.generate(**arguments, compile=True), model.generate(**arguments))
     assert fresh_dynamo["stats"]["unique_graphs"] == 1
     assert fresh_dynamo["inductor"]
+
+
+def compiled_settings(**settings) -> dict:
+    compile_config = CompileConfig(backend="eager", dynamic=False)
+    return {
+        "block_cache": "dual",
+        "max_new_tokens": 8,
+        "block_length": 4,
+        "compile_config": compile_config,
+        **settings,
+    }
+
+
+def test_interleaved_compiled_calls_do_not_share_buffers(fresh_dynamo):
+    """A call inside another's `on_step`, and calls in two threads, each with its own result."""
+    model = random_model(0, num_layers=2)
+    prompts = [torch.tensor([[7, 8, 9]]), torch.tensor([[10, 11, 12]]), torch.tensor([[13, 14, 15]])]
+    settings = compiled_settings()
+    expected = [model.generate(prompt, **settings) for prompt in prompts]
+    inner = []
+
+    def on_step(step):
+        inner.append(model.generate(prompts[1], **settings, compile=True))
+
+    assert torch.equal(model.generate(prompts[0], **settings, compile=True, on_step=on_step), expected[0])
+    assert all(torch.equal(output, expected[1]) for output in inner) and len(inner) == 8
+
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(model.generate, prompts[i % 3], **settings, compile=True) for i in range(12)]
+    assert all(torch.equal(call.result(), expected[i % 3]) for i, call in enumerate(calls))
+
+
+def test_compiled_calls_in_any_mode_and_order(fresh_dynamo):
+    model = random_model(0, num_layers=2, dtype=torch.float32)
+    prompt, settings = torch.tensor([[7, 8, 9]]), compiled_settings()
+    modes = {
+        "plain": nullcontext,
+        "inference": torch.inference_mode,
+        "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    }
+    expected = {}
+    for name, mode in modes.items():
+        with mode():
+            expected[name] = model.generate(prompt, **settings)
+    for name in ("inference", "plain", "autocast", "plain", "inference", "autocast", "inference"):
+        with modes[name]():
+            assert torch.equal(model.generate(prompt, **settings, compile=True), expected[name]), name
+
+
+def test_a_model_can_be_pickled_and_copied_after_a_compiled_call(fresh_dynamo):
+    model, prompt = random_model(0, num_layers=2), torch.tensor([[7, 8, 9]])
+    expected = model.generate(prompt, **compiled_settings(compile=True))
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(again.generate(prompt, **compiled_settings(compile=True)), expected)

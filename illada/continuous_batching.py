@@ -1,0 +1,495 @@
+"""Many requests through one engine: `generate_batch`, and a manager whose thread takes requests at any time.
+
+The interface is that of Transformers' continuous batching (`ContinuousMixin`), so that code written for it runs on
+masked diffusion models. What is behind it is this package's engine: no paged cache, and a request's tokens are those
+that `generate` gives it, whoever else is served.
+"""
+
+import asyncio
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+from transformers.generation import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+from transformers.utils import logging
+
+from .adapters import check_adapters
+from .denoising import Denoiser
+from .engine import Engine, Request
+from .prompts import prepare_max_new_tokens, prepare_prompts
+
+logger = logging.get_logger()
+
+DEFAULT_MAX_ROWS = 8
+MAX_KEPT_SETTINGS = 64
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """A request under its id, and what its results are made of. It is the streamer of its request."""
+
+    request_id: str
+    deliver: Callable[[GenerationOutput], None]
+    output: GenerationOutput
+    is_streaming: bool
+    timestamps: list[float] | None
+    return_logprobs: bool
+    request: Request = field(init=False)
+    num_settled: int = 0
+
+    def put(self, tokens: torch.LongTensor):
+        """Called with the prompt, and then with each piece that will not change any more."""
+        if tokens.ndim == 2:
+            return
+        now = time.perf_counter()
+        self.output.generated_tokens += tokens.tolist()
+        if self.timestamps is not None:
+            self.timestamps += [now] * len(tokens)
+        if self.is_streaming:
+            tokens = list(self.output.generated_tokens)
+            self.deliver(replace(self.output, generated_tokens=tokens, status=RequestStatus.DECODING))
+
+    def end(self):
+        pass
+
+    def finish(self, request: Request):
+        """Delivers the last result: the text, or what made the request fail."""
+        output = self.output
+        output.lifespan = (output.lifespan[0], time.perf_counter())
+        output.timestamps = self.timestamps
+        if request.error is not None:
+            output.error, output.status = f"{type(request.error).__name__}: {request.error}", RequestStatus.FAILED
+        else:
+            prompt_length, result = len(request.prompt), request.result
+            output.prompt_ids = result.tokens[:prompt_length].tolist()
+            output.generated_tokens = result.tokens[prompt_length:].tolist()
+            if self.return_logprobs:
+                output.logprobs = result.commit_confidences[prompt_length:].log().tolist()
+            output.status = RequestStatus.FINISHED
+        self.deliver(output)
+
+
+class ContinuousBatchingManager:
+    """Writes requests as they come, in the order of their arrival; made by `init_continuous_batching`.
+
+    Methods, arguments and results are those of Transformers' manager of the same name.
+
+    Args:
+        model: a masked diffusion model.
+        generation_config (`GenerationConfig`, *optional*): settings of all requests; a request's own win over it.
+        config (`ContinuousBatchingConfig`, *optional*): `max_requests_per_batch` are the rows (8 if absent),
+            `max_batch_tokens` the most that rows times columns may be, and `max_queue_size`, `return_logprobs` and
+            `seed` mean what they mean there. What is about the paged cache has no meaning here.
+    """
+
+    def __init__(self, model, generation_config: GenerationConfig | None, config: ContinuousBatchingConfig | None):
+        check_adapters(model, "Continuous batching")
+        self.model, self.generation_config = model.eval(), generation_config
+        self.config = ContinuousBatchingConfig() if config is None else config
+        defaults = model._prepare_settings(generation_config, {})
+        self.num_return_sequences = defaults.num_return_sequences or 1
+        self.mask_token_id = defaults.mask_token_id
+        self.engine = Engine(
+            model._make_predictor,
+            self.mask_token_id,
+            max_rows=self.config.max_requests_per_batch or DEFAULT_MAX_ROWS,
+            max_tokens=self.config.max_batch_tokens,
+        )
+        self.background_thread_status = SimpleNamespace(fatal_error=None)
+        self.warmed_up = True
+        self._seeds = torch.Generator()
+        self._seeds.seed() if self.config.seed is None else self._seeds.manual_seed(self.config.seed)
+        self._denoisers: dict[str, Denoiser] = {}
+        self._counter = itertools.count()
+        self._tickets: dict[str, _Ticket] = {}
+        self._arrivals: deque[Callable[[], None]] = deque()
+        self._results: deque[GenerationOutput] = deque()
+        self._handlers: dict[str, tuple[Callable, asyncio.AbstractEventLoop]] = {}
+        self._changed, self._pass_lock = threading.Condition(), threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._stopping: str | None = None  # "flush" or "hard"
+
+    # Requests
+
+    def add_request(
+        self,
+        input_ids: list[int],
+        request_id: str | None = None,
+        max_new_tokens: int | None = None,
+        streaming: bool = False,
+        record_timestamps: bool = False,
+        eos_token_id: int | list[int] | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        on_step: Callable | None = None,
+        **settings: Any,
+    ) -> str:
+        """Puts a request in line, and returns its id.
+
+        Args:
+            input_ids (`list[int]`): the prompt; each [MASK] in it is a blank, filled in the result's `prompt_ids`.
+            request_id (`str`, *optional*): made up if absent.
+            max_new_tokens (`int`, *optional*): the budget.
+            streaming (`bool`): whether to deliver a result for each settled block, and not only the last.
+            record_timestamps (`bool`): whether results have the time at which each token was settled, in seconds.
+            eos_token_id (`int` or `list[int]`, *optional*).
+            tokenizer, logits_processor, stopping_criteria, on_step: as in `generate`.
+            settings: fields of [`MaskedDiffusionGenerationConfig`], `seed` among them, or `preset`.
+
+        Raises:
+            ValueError: if an argument is bad, or the request would not fit by itself; nothing is queued then.
+            RuntimeError: if the manager is stopping, or its queue is full.
+        """
+        settings |= {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        config = self.model._prepare_settings(self.generation_config, settings)
+        if config.mask_token_id != self.mask_token_id:
+            own = self.mask_token_id
+            raise ValueError(f"`mask_token_id` must be the manager's, {own}, got {config.mask_token_id}.")
+        prompt = torch.as_tensor(input_ids).reshape(1, -1)
+        prompt, mask = prepare_prompts(prompt, torch.ones_like(prompt), config, self.model.config.vocab_size)
+        budget = prepare_max_new_tokens(prompt, mask, config, self.model.config.max_position_embeddings)
+        denoiser = self._denoiser(config, settings, logits_processor)
+        criteria = self.model._prepare_stopping_criteria(config, stopping_criteria, tokenizer)
+        request_id = f"req_{next(self._counter)}" if request_id is None else request_id
+        count = config.num_return_sequences or 1
+        names = [*(f"{request_id}__child#{index}" for index in range(count - 1)), request_id]
+        seed = torch.randint(2**62, (), generator=self._seeds).item() if config.seed is None else config.seed
+        tickets = []
+        for index, name in enumerate(names):
+            output = GenerationOutput(name, prompt_ids=prompt[0].tolist(), created_time=time.perf_counter())
+            ticket = _Ticket(
+                name, self._deliver, output, streaming, [] if record_timestamps else None, self.config.return_logprobs
+            )
+            generator = None
+            if denoiser.is_random:
+                generator = torch.Generator(self.model._execution_device).manual_seed(seed + index)
+            ticket.request = Request(
+                prompt=prompt[0],
+                max_new_tokens=budget,
+                min_new_tokens=max(config.min_new_tokens or 0, (config.min_length or 0) - prompt.shape[1]),
+                denoiser=denoiser,
+                generator=generator,
+                stopping_criteria=criteria,
+                streamer=ticket if streaming or record_timestamps else None,
+                on_step=on_step,
+                on_done=self._on_done(ticket),
+            )
+            self.engine.check(ticket.request)
+            tickets.append(ticket)
+        self._enqueue(tickets)
+        return request_id
+
+    def add_requests(
+        self,
+        inputs: list[list[int]],
+        max_new_tokens: int | None = None,
+        streaming: bool = False,
+        record_timestamps: bool = False,
+        **settings: Any,
+    ) -> list[str]:
+        """[`add_request`] for each prompt; returns their ids in order."""
+        shared = {"max_new_tokens": max_new_tokens, "streaming": streaming, "record_timestamps": record_timestamps}
+        return [self.add_request(input_ids, **shared, **settings) for input_ids in inputs]
+
+    def cancel_request(self, request_id: str):
+        """Ends a request before its next pass. No result is delivered, and an id that is not known is no error."""
+
+        def cancel():
+            ticket = self._tickets.pop(request_id, None)
+            if ticket is not None:
+                self.engine.cancel(ticket.request)
+
+        with self._changed:
+            self._arrivals.append(cancel)
+            self._handlers.pop(request_id, None)
+            self._changed.notify_all()
+
+    def _denoiser(self, config, settings: dict, logits_processor) -> Denoiser:
+        """Requests of equal settings share a denoiser, and are decided together."""
+        if logits_processor is not None:
+            return self.model._prepare_denoiser(config, logits_processor)
+        own = ("max_new_tokens", "max_length", "seed", "min_new_tokens", "min_length", "stop_strings")
+        key = repr(sorted((name, repr(value)) for name, value in settings.items() if name not in own))
+        with self._changed:
+            denoiser = self._denoisers.pop(key, None) or self.model._prepare_denoiser(config, None)
+            self._denoisers[key] = denoiser
+            if len(self._denoisers) > MAX_KEPT_SETTINGS:
+                del self._denoisers[next(iter(self._denoisers))]
+        return denoiser
+
+    def _enqueue(self, tickets: list[_Ticket]):
+        def admit():
+            for ticket in tickets:
+                ticket.output.lifespan = (time.perf_counter(), -1)
+                self.engine.add(ticket.request)
+
+        with self._changed:
+            if self._stopping is not None:
+                raise RuntimeError("The manager is stopping and takes no more requests.")
+            limit = self.config.max_queue_size
+            if limit and len(self.engine.waiting) + len(tickets) > limit:
+                raise RuntimeError(f"`max_queue_size`={limit} requests are waiting already.")
+            for ticket in tickets:
+                if ticket.request_id in self._tickets:
+                    raise ValueError(f"`request_id` must be unique, got {ticket.request_id!r}, which is in line.")
+            self._tickets |= {ticket.request_id: ticket for ticket in tickets}
+            self._arrivals.append(admit)
+            self._changed.notify_all()
+
+    # Results
+
+    def _on_done(self, ticket: _Ticket) -> Callable[[Request], None]:
+        def on_done(request: Request):
+            self._tickets.pop(ticket.request_id, None)
+            ticket.finish(request)
+
+        return on_done
+
+    def _deliver(self, output: GenerationOutput):
+        with self._changed:
+            handler = self._handlers.get(output.request_id)
+            if handler is None:
+                self._results.append(output)
+                self._changed.notify_all()
+                return
+            if output.is_finished():
+                del self._handlers[output.request_id]
+        callback, loop = handler
+        loop.call_soon_threadsafe(callback, output)
+
+    def get_result(self, request_id: str | None = None, timeout: float | None = None) -> GenerationOutput | None:
+        """The next result, of the request with this id if one is given; None after `timeout` seconds, or if none will
+        come."""
+
+        def take() -> GenerationOutput | None:
+            for index, output in enumerate(self._results):
+                if request_id in (None, output.request_id):
+                    del self._results[index]
+                    return output
+
+        end = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while (output := take()) is None:
+                remaining = None if end is None else end - time.monotonic()
+                if not self.is_running() or (remaining is not None and remaining <= 0):
+                    return None
+                self._changed.wait(remaining)
+            return output
+
+    def __iter__(self) -> Iterator[GenerationOutput]:
+        """Yields results as they come, until the manager has stopped."""
+        while self.is_running() or self._results:
+            if (output := self.get_result(timeout=0.1)) is not None:
+                yield output
+
+    def request_id_iter(self, request_id: str) -> Iterator[GenerationOutput]:
+        """Yields the results of one request until it is finished."""
+        while self.is_running() or self._results:
+            output = self.get_result(request_id, timeout=0.1)
+            if output is not None:
+                yield output
+                if output.is_finished():
+                    return
+
+    def register_result_handler(self, request_id: str, callback: Callable[[GenerationOutput], None]):
+        """Calls `callback` with each result of a request, on the running event loop, in place of queueing it."""
+        with self._changed:
+            self._handlers[request_id] = callback, asyncio.get_running_loop()
+
+    # The loop
+
+    def is_running(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self):
+        """Starts the thread that writes."""
+        if self.is_running():
+            return logger.warning("The manager's thread is running already.")
+        self._stopping, self.background_thread_status.fatal_error = None, None
+        self._thread = threading.Thread(target=self._run, name="illada-continuous-batching", daemon=True)
+        self._thread.start()
+
+    def warmup(self):
+        """Nothing is captured beforehand."""
+
+    def stop(
+        self,
+        block: bool = True,
+        timeout: float | None = None,
+        keep_for_next_session: bool = False,
+        hard_stop: bool = False,
+    ):
+        """Ends the thread: after all requests are written, or at once with `hard_stop`, which makes them fail."""
+        with self._changed:
+            self._stopping = "hard" if hard_stop else "flush"
+            self._changed.notify_all()
+        if block and self._thread is not None:
+            self.join(time.perf_counter(), timeout)
+        if keep_for_next_session:
+            self.model._cached_continuous_batching_manager = self
+
+    def join(self, stop_trigger_time: float = 0.0, timeout: float | None = None):
+        """Waits for the thread to end."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                logger.warning(f"The manager's thread did not end within {timeout} seconds.")
+
+    def destroy(self):
+        """Stops, and gives up the cache."""
+        if self.is_running():
+            self.stop()
+        self.engine.close()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Between two passes, for instance to change weights; nothing is lost."""
+        with self._pass_lock:
+            yield
+
+    def run(self, on_result: Callable[[], None] = lambda: None):
+        """Writes all that is in line in the calling thread, which is what `generate_batch` does."""
+        while self._step():
+            on_result()
+
+    def _step(self) -> bool:
+        """Takes in what has arrived, and makes one pass. Returns whether there is more to do."""
+        with self._changed:
+            arrivals, self._arrivals = self._arrivals, deque()
+        with self._pass_lock:
+            for arrive in arrivals:
+                arrive()
+            return self.engine.step() or bool(self._arrivals)
+
+    def _run(self):
+        try:
+            while self._stopping != "hard":
+                if not self._step():
+                    with self._changed:
+                        if self._stopping is not None and not self._arrivals:
+                            break
+                        self._changed.wait_for(lambda: self._arrivals or self._stopping is not None)
+        except BaseException as error:
+            logger.error(f"The manager's thread ended: {error!r}")
+            self.background_thread_status.fatal_error = error
+        finally:
+            self._fail_the_rest()
+
+    def _fail_the_rest(self):
+        reason = self.background_thread_status.fatal_error or RuntimeError("The manager was stopped.")
+        for ticket in list(self._tickets.values()):
+            self.engine.cancel(ticket.request)
+            ticket.request.error = reason
+            ticket.finish(ticket.request)
+        self._tickets.clear()
+        with self._changed:
+            self._arrivals.clear()
+            self._changed.notify_all()
+
+
+class ContinuousBatchingMixin:
+    """Transformers' three ways to continuous batching, over this package's engine."""
+
+    def init_continuous_batching(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        workload_hints=None,
+    ) -> ContinuousBatchingManager:
+        """A manager that takes requests at any time, once it is started.
+
+        Args:
+            generation_config (`GenerationConfig`, *optional*): settings of all requests.
+            continuous_batching_config (`ContinuousBatchingConfig`, *optional*): see [`ContinuousBatchingManager`].
+            workload_hints: not needed.
+        """
+        cached = getattr(self, "_cached_continuous_batching_manager", None)
+        if cached is not None:
+            return cached
+        return ContinuousBatchingManager(self, generation_config, continuous_batching_config)
+
+    def destroy_cached_continuous_batching_manager(self):
+        """Ends the manager that a session has left for the next."""
+        cached = self.__dict__.pop("_cached_continuous_batching_manager", None)
+        if cached is not None:
+            cached.destroy()
+
+    @contextmanager
+    def continuous_batching_context_manager(
+        self,
+        generation_config: GenerationConfig | None = None,
+        block: bool = True,
+        timeout: float | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        persistent_manager: bool = False,
+        warmup: bool = True,
+        workload_hints=None,
+    ) -> Iterator[ContinuousBatchingManager]:
+        """A manager that is started, and at the end of the `with` writes what is in line and stops."""
+        manager = self.init_continuous_batching(generation_config, continuous_batching_config)
+        manager.start()
+        try:
+            yield manager
+        finally:
+            manager.stop(block=block, timeout=timeout, keep_for_next_session=persistent_manager)
+            if not persistent_manager and not manager.is_running():
+                manager.destroy()
+
+    def generate_batch(
+        self,
+        inputs: list[list[int]],
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        record_timestamps: bool = False,
+        progress_bar: bool = False,
+        persistent_manager: bool = False,
+        warmup: bool = True,
+        **settings,
+    ) -> dict[str, GenerationOutput]:
+        """Writes many prompts, in rows that are free for the next as soon as a text is done.
+
+        Args:
+            inputs (`list[list[int]]`): prompts as token ids, without padding.
+            generation_config, continuous_batching_config: as in `init_continuous_batching`.
+            record_timestamps (`bool`): see [`ContinuousBatchingManager.add_request`].
+            progress_bar (`bool`): whether to show one.
+            settings: fields of [`MaskedDiffusionGenerationConfig`] and arguments of `add_request`. With a `seed`, the
+                first prompt has it, the second `seed + 1`, and so on, as in `generate`.
+
+        Returns:
+            `dict[str, GenerationOutput]`: by request id, in the order of `inputs`, further samples of a prompt before
+            its own id. A request that failed has an `error`; the others are not touched by it.
+
+        Raises:
+            ValueError: if an argument is bad, before the first pass.
+        """
+        if not inputs:
+            return {}
+        manager = ContinuousBatchingManager(self, generation_config, continuous_batching_config)
+        count, seed = settings.get("num_return_sequences") or manager.num_return_sequences, settings.pop("seed", None)
+        for index, input_ids in enumerate(inputs):
+            own = {} if seed is None else {"seed": seed + index * count}
+            manager.add_request(input_ids, record_timestamps=record_timestamps, **settings, **own)
+        order = list(manager._tickets)
+        try:
+            with tqdm(total=len(order), disable=not progress_bar, unit="request") as bar:
+                manager.run(lambda: bar.update(len(manager._results) - bar.n))
+        finally:
+            manager.destroy()
+        results = {output.request_id: output for output in manager._results}
+        return {request_id: results[request_id] for request_id in order}
