@@ -378,13 +378,13 @@ def test_live_tokens_show_nothing_after_the_end(tokenizer):
     live = LiveTokens(tokenizer, mask_token_id=5, first_column=1, eos_token_ids=[2])
     tokens = torch.tensor([[0, 40, 5, 2, 41, 5]])
     step = DenoisingStep(
-        rows=torch.tensor([0]),
-        start=1,
-        end=6,
-        tokens=tokens,
-        proposals=torch.tensor([[40, 42, 2, 41, 43]]),
-        committed=torch.tensor([[True, False, True, True, False]]),
-        confidence=torch.tensor([[0.9, 0.5, 0.9, 0.9, 0.5]]),
+        row=0,
+        columns=torch.arange(1, 6),
+        tokens=tokens[0],
+        proposals=torch.tensor([40, 42, 2, 41, 43]),
+        committed=torch.tensor([True, False, True, True, False]),
+        confidence=torch.tensor([0.9, 0.5, 0.9, 0.9, 0.5]),
+        num_forward_passes=1,
     )
     assert [token["step"] for token in live(step)] == [1, None, 1]
 
