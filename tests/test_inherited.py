@@ -282,11 +282,17 @@ def test_a_loop_from_a_folder(model, tmp_path):
         model.generate(IDS, max_new_tokens=2, custom_generate=str(tmp_path))
 
 
-@covers("destroy_cached_continuous_batching_manager")
-def test_nothing_stays_to_be_destroyed(model):
-    """Called when a session of Transformers' continuous batching ends, of which there is none."""
+@covers(
+    "continuous_batching_context_manager",
+    "destroy_cached_continuous_batching_manager",
+    "generate_batch",
+    "init_continuous_batching",
+)
+def test_continuous_batching(model):
+    """More of it in `test_continuous_batching.py`."""
+    (output,) = model.generate_batch([[7, 8, 9]], max_new_tokens=4).values()
+    assert output.generated_tokens == model.generate(torch.tensor([[7, 8, 9]]), max_new_tokens=4)[0, 3:].tolist()
     model.destroy_cached_continuous_batching_manager()
-    assert (model.generate(IDS, max_new_tokens=2) != MASK).all()
 
 
 @covers("generate", "input_modalities", "output_modalities")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from rich.console import Console
 from rich.text import Text
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from illada.commands.live import COMMITTED_STYLE, DRAFT_STYLE, LiveDenoising, run_generate
 from illada.text.trace import check_trace_path, trace_tokens, write_trace
@@ -82,34 +81,6 @@ def test_live_view_shows_settled_committed_and_drafted_tokens(tokenizer, tiny_mo
         drafted = step.confidence.isfinite().sum() - step.committed.sum()
         assert drafted == 6 - count
         assert any(span.style == DRAFT_STYLE for span in text.spans) == (drafted > 0)
-
-
-class Reads(TorchDispatchMode):
-    """Counts what is read from the device: single numbers, and tensors as lists."""
-
-    def __init__(self, monkeypatch):
-        super().__init__()
-        self.count = 0
-        tolist = torch.Tensor.tolist
-        monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: self._counted(tolist, tensor))
-
-    def _counted(self, read, tensor):
-        self.count += 1
-        return read(tensor)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        names = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        self.count += function in names
-        return function(*args, **(kwargs or {}))
-
-
-def test_live_view_reads_the_device_once_per_step(tokenizer, tiny_model, monkeypatch):
-    steps = []
-    tiny_model.generate(PROMPT, max_new_tokens=24, block_length=24, eos_token_id=None, on_step=steps.append)
-    live = LiveDenoising(tokenizer, PROMPT.shape[1], eos_token_ids=[2])
-    with Reads(monkeypatch) as reads:
-        live.render(steps[5])
-    assert reads.count == 1
 
 
 def test_live_view_of_a_tall_text_shows_its_end(tokenizer):
