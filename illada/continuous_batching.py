@@ -35,13 +35,28 @@ DEFAULT_MAX_ROWS = 8
 MAX_KEPT_SETTINGS = 64
 
 
+@dataclass
+class RequestOutput(GenerationOutput):
+    """Transformers' `GenerationOutput`, and what is known of a finished request here.
+
+    Attributes:
+        num_forward_passes (`int`): forward passes in which the text took part; a guided pass counts once.
+        tokens_per_forward (`float`): tokens that were written for it, blanks and EOS included, per forward pass.
+        exception (`Exception`, *optional*): what made the request fail; `error` is its name and message.
+    """
+
+    num_forward_passes: int = 0
+    tokens_per_forward: float = 0.0
+    exception: Exception | None = None
+
+
 @dataclass(eq=False)
 class _Ticket:
     """A request under its id, and what its results are made of. It is the streamer of its request."""
 
     request_id: str
-    deliver: Callable[[GenerationOutput], None]
-    output: GenerationOutput
+    deliver: Callable[[RequestOutput], None]
+    output: RequestOutput
     is_streaming: bool
     timestamps: list[float] | None
     return_logprobs: bool
@@ -70,10 +85,13 @@ class _Ticket:
         output.timestamps = self.timestamps
         if request.error is not None:
             output.error, output.status = f"{type(request.error).__name__}: {request.error}", RequestStatus.FAILED
+            output.exception = request.error
         else:
             prompt_length, result = len(request.prompt), request.result
             output.prompt_ids = result.tokens[:prompt_length].tolist()
             output.generated_tokens = result.tokens[prompt_length:].tolist()
+            output.num_forward_passes = result.num_forward_passes
+            output.tokens_per_forward = int((~result.given).sum()) / max(result.num_forward_passes, 1)
             if self.return_logprobs:
                 output.logprobs = result.commit_confidences[prompt_length:].log().tolist()
             output.status = RequestStatus.FINISHED
@@ -114,7 +132,7 @@ class ContinuousBatchingManager:
         self._counter = itertools.count()
         self._tickets: dict[str, _Ticket] = {}
         self._arrivals: deque[Callable[[], None]] = deque()
-        self._results: deque[GenerationOutput] = deque()
+        self._results: deque[RequestOutput] = deque()
         self._handlers: dict[str, tuple[Callable, asyncio.AbstractEventLoop]] = {}
         self._changed, self._pass_lock = threading.Condition(), threading.Lock()
         self._thread: threading.Thread | None = None
@@ -170,7 +188,7 @@ class ContinuousBatchingManager:
         seed = torch.randint(2**62, (), generator=self._seeds).item() if config.seed is None else config.seed
         tickets = []
         for index, name in enumerate(names):
-            output = GenerationOutput(name, prompt_ids=prompt[0].tolist(), created_time=time.perf_counter())
+            output = RequestOutput(name, prompt_ids=prompt[0].tolist(), created_time=time.perf_counter())
             ticket = _Ticket(
                 name, self._deliver, output, streaming, [] if record_timestamps else None, self.config.return_logprobs
             )
@@ -259,7 +277,7 @@ class ContinuousBatchingManager:
 
         return on_done
 
-    def _deliver(self, output: GenerationOutput):
+    def _deliver(self, output: RequestOutput):
         with self._changed:
             handler = self._handlers.get(output.request_id)
             if handler is None:
@@ -271,11 +289,11 @@ class ContinuousBatchingManager:
         callback, loop = handler
         loop.call_soon_threadsafe(callback, output)
 
-    def get_result(self, request_id: str | None = None, timeout: float | None = None) -> GenerationOutput | None:
+    def get_result(self, request_id: str | None = None, timeout: float | None = None) -> RequestOutput | None:
         """The next result, of the request with this id if one is given; None after `timeout` seconds, or if none will
         come."""
 
-        def take() -> GenerationOutput | None:
+        def take() -> RequestOutput | None:
             for index, output in enumerate(self._results):
                 if request_id in (None, output.request_id):
                     del self._results[index]
@@ -290,13 +308,13 @@ class ContinuousBatchingManager:
                 self._changed.wait(remaining)
             return output
 
-    def __iter__(self) -> Iterator[GenerationOutput]:
+    def __iter__(self) -> Iterator[RequestOutput]:
         """Yields results as they come, until the manager has stopped."""
         while self.is_running() or self._results:
             if (output := self.get_result(timeout=0.1)) is not None:
                 yield output
 
-    def request_id_iter(self, request_id: str) -> Iterator[GenerationOutput]:
+    def request_id_iter(self, request_id: str) -> Iterator[RequestOutput]:
         """Yields the results of one request until it is finished."""
         while self.is_running() or self._results:
             output = self.get_result(request_id, timeout=0.1)
@@ -305,7 +323,7 @@ class ContinuousBatchingManager:
                 if output.is_finished():
                     return
 
-    def register_result_handler(self, request_id: str, callback: Callable[[GenerationOutput], None]):
+    def register_result_handler(self, request_id: str, callback: Callable[[RequestOutput], None]):
         """Calls `callback` with each result of a request, on the running event loop, in place of queueing it."""
         with self._changed:
             self._handlers[request_id] = callback, asyncio.get_running_loop()
@@ -460,7 +478,7 @@ class ContinuousBatchingMixin:
         persistent_manager: bool = False,
         warmup: bool = True,
         **settings,
-    ) -> dict[str, GenerationOutput]:
+    ) -> dict[str, RequestOutput]:
         """Writes many prompts, in rows that are free for the next as soon as a text is done.
 
         Args:
@@ -472,7 +490,7 @@ class ContinuousBatchingMixin:
                 first prompt has it, the second `seed + 1`, and so on, as in `generate`.
 
         Returns:
-            `dict[str, GenerationOutput]`: by request id, in the order of `inputs`, further samples of a prompt before
+            `dict[str, RequestOutput]`: by request id, in the order of `inputs`, further samples of a prompt before
             its own id. A request that failed has an `error`; the others are not touched by it.
 
         Raises:

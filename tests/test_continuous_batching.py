@@ -41,6 +41,11 @@ def test_generate_batch_gives_what_generate_gives(model, rows, block_cache):
     outputs = model.generate_batch(PROMPTS, continuous_batching_config=config, block_cache=block_cache, **SETTINGS)
     assert list(outputs) == [f"req_{index}" for index in range(len(PROMPTS))]
     check(outputs.values(), model, PROMPTS, block_cache=block_cache)
+    for output, prompt in zip(outputs.values(), PROMPTS):
+        settings = {**SETTINGS, "block_cache": block_cache, "return_dict_in_generate": True}
+        by_itself = model.generate(torch.tensor([prompt]), **settings)
+        assert output.num_forward_passes == by_itself.num_forward_passes
+        assert output.tokens_per_forward == pytest.approx(by_itself.tokens_per_forward.item())
 
 
 def test_samples_with_a_seed_are_those_of_generate(model):
@@ -153,6 +158,7 @@ def test_a_request_that_raises_fails_alone(model):
         results = {output.request_id: output for output in (manager.get_result(timeout=60) for _ in range(3))}
     assert results["bad"].status == RequestStatus.FAILED and "RuntimeError: no" in results["bad"].error
     assert "ZeroDivisionError" in results["worse"].error
+    assert type(results["worse"].exception) is ZeroDivisionError
     check([results["good"]], model, [PROMPTS[3]])
 
 

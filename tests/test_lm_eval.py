@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from illada import EMBEDDED_MODEL, MaskedDiffusionGenerationConfig  # noqa: E402
+from illada.continuous_batching import ContinuousBatchingManager  # noqa: E402
 from illada.evaluation import (  # noqa: E402
     cli,
     confidence_score,
@@ -435,7 +436,7 @@ def test_requests_that_cannot_be_scored_are_refused(harness_model):
 )
 def test_generation_arguments_are_checked_before_work_begins(harness_model, monkeypatch, gen_kwargs, message):
     """The bad ones are the second request's: the first is not begun."""
-    monkeypatch.setattr(harness_model.model, "generate", lambda **arguments: pytest.fail("work has begun"))
+    monkeypatch.setattr(harness_model.model, "forward", lambda **arguments: pytest.fail("work has begun"))
     requests = [request("generate_until", "Tom", {"max_gen_toks": 8, **extra}) for extra in ({}, gen_kwargs)]
     with pytest.raises(ValueError, match=message):
         harness_model.generate_until(requests)
@@ -515,13 +516,79 @@ def test_every_preset_names_a_task_of_the_harness():
 
 def test_the_end_of_thinking_is_tokenised_for_the_model(monkeypatch, harness_model):
     seen = {}
-    monkeypatch.setattr(harness_model.model, "generate", lambda **kwargs: seen.update(kwargs) or kwargs["input_ids"])
+    original = ContinuousBatchingManager.add_request
+
+    def recorded(self, *arguments, **settings):
+        seen.update(settings)
+        return original(self, *arguments, **settings)
+
+    monkeypatch.setattr(ContinuousBatchingManager, "add_request", recorded)
     harness_model.generate_until(
         [request("generate_until", "Tom", dict(PRESETS["instruct-mbpp"].gen_kwargs, max_gen_toks=9))]
     )
     assert harness_model.tok_decode(seen["end_think_token_ids"]) == "</think>"
     assert seen["max_new_tokens"] == 9
     assert "temperature" not in seen
+
+
+def test_requests_of_different_settings_and_lengths_share_passes(harness_model, monkeypatch):
+    """Static batches would take the sum of their longest rows; rows that come and go, no more than the longest text
+    after the two that go before it."""
+    forward, passes = harness_model.model.forward, []
+    monkeypatch.setattr(harness_model.model, "forward", lambda *a, **k: passes.append(k) or forward(*a, **k))
+    settings = [{"max_gen_toks": length, "min_new_tokens": length} for length in (4, 30, 8, 12, 2)]
+    requests = [request("generate_until", f"Tom has {index}", kwargs) for index, kwargs in enumerate(settings)]
+    harness_model.generate_until(requests)
+    assert 30 <= len(passes) <= 32  # 4 rows: the fifth text takes the first that is free
+
+
+def sampled(lm, names: list[str], doc_ids: list[int], repeats: int = 1, **gen_kwargs) -> dict[int, list[str]]:
+    """The samples of each document."""
+    kwargs = {"do_sample": True, "temperature": 3.0, "max_gen_toks": 10, **gen_kwargs}
+    requests = [
+        Instance("generate_until", {}, (f"{names[doc_id]} has", kwargs), idx=0, metadata=("a_task", doc_id, repeats))
+        for doc_id in doc_ids
+        for _ in range(repeats)
+    ]
+    texts = iter(lm.generate_until(requests))
+    return {doc_id: [next(texts) for _ in range(repeats)] for doc_id in doc_ids}
+
+
+def test_a_sampled_request_depends_on_nothing_but_the_request(model):
+    names = ["Tom", "Ann and Mia", "Ben", "The man that Sue and Tom like"]
+    torch.manual_seed(1234)
+    alone, many = (MaskedDiffusionLM(model, batch_size=rows) for rows in (1, 4))
+    together = sampled(many, names, [0, 1, 2, 3])
+    assert sampled(alone, names, [3, 1]) == {doc_id: together[doc_id] for doc_id in (3, 1)}
+    twice = sampled(many, names, [2, 0], repeats=2)
+    assert all(first != second for first, second in twice.values())
+    assert {doc_id: texts[:1] for doc_id, texts in twice.items()} == {doc_id: together[doc_id] for doc_id in (2, 0)}
+    assert sampled(many, ["Tom"] * 2, [0, 1])[0] != sampled(many, ["Tom"] * 2, [0, 1])[1]
+    seeded = sampled(many, names, [0, 1], seed=7)
+    assert seeded != {doc_id: together[doc_id] for doc_id in (0, 1)}
+    torch.manual_seed(99)
+    assert sampled(many, names, [0, 1]) != {doc_id: together[doc_id] for doc_id in (0, 1)}
+    assert sampled(alone, names, [0, 1], seed=7) == seeded
+
+
+def test_texts_are_kept_as_they_are_finished_and_an_error_is_raised(model, monkeypatch):
+    lm, forward, kept, passes = MaskedDiffusionLM(model, batch_size=1), model.forward, [], []
+
+    def failing(*arguments, **settings):
+        passes.append(1)
+        if len(passes) > 5:
+            raise ArithmeticError("the third text's pass")
+        return forward(*arguments, **settings)
+
+    requests = [request("generate_until", f"Tom has {word}", {"max_gen_toks": 2}) for word in ("2 2 2", "2 2", "2")]
+    monkeypatch.setattr(lm.cache_hook, "add_partial", lambda *arguments: kept.append(arguments))
+    texts = lm.generate_until(requests)
+    assert kept == [("generate_until", r.args, text) for r, text in zip(requests, texts)]  # the longest go first
+    kept.clear()
+    monkeypatch.setattr(model, "forward", failing)
+    with pytest.raises(ArithmeticError, match="the third text's pass"):
+        lm.generate_until(requests)
+    assert kept == [("generate_until", r.args, text) for r, text in zip(requests[:2], texts)]
 
 
 @pytest.fixture

@@ -5,17 +5,23 @@ inherited. Importing this module registers the model; `illada eval` does that an
 """
 
 import contextlib
+import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers.generation import StoppingCriteriaList, StopStringCriteria
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from ..conversion.loading import load_whole_model
 from ..tiny import EMBEDDED_MODEL
@@ -28,6 +34,22 @@ logger = logging.getLogger(__name__)
 
 END_OF_THINKING = "</think>"
 CHUNK_BATCHES = 4  # requests scored between two writes to the cache, in batches: several keep every batch full
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """A `generate_until` request: prompt ids, what `add_request` gets, and what is done to the text."""
+
+    prompt: list[int]
+    settings: dict
+    until: list[str]
+    infill: bool
+
+
+def _request_seed(seed: int | None, place: tuple) -> int:
+    """A seed that is a function of the run's seed, or the task's own, and of a request's place in the tasks."""
+    content = repr((torch.initial_seed() if seed is None else seed, *place)).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") % 2**62
 
 
 class WholeCheckpoint:
@@ -215,15 +237,71 @@ class MaskedDiffusionLM(HFLM):
         - `infill=True`: the result is the whole context with its [MASK] tokens filled, and what was appended to it.
           With `max_gen_toks=0` nothing is appended.
         - `end_think_boost` without `end_think_token_ids`: those of "</think>".
+
+        All requests go through one engine of `batch_size` rows, the longest contexts first.
+
+        Raises:
+            ValueError: for arguments of any request, before the first pass.
+            Exception: what made a request fail.
         """
+        prepared = self._prepare_requests(requests)
+        rows = self._detect_batch_size() if self.batch_size == "auto" else self.batch_size
+        manager = self.model.init_continuous_batching(
+            continuous_batching_config=ContinuousBatchingConfig(max_requests_per_batch=rows)
+        )
+        for index in sorted(range(len(prepared)), key=lambda index: -len(prepared[index].prompt)):
+            manager.add_request(prepared[index].prompt, str(index), **prepared[index].settings)
+        texts: list = [None] * len(requests)
+        progress = tqdm(total=len(requests), desc="Generating", disable=disable_tqdm or self.rank != 0)
+
+        def take_results():
+            while (output := manager.get_result()) is not None:
+                request, index = requests[int(output.request_id)], int(output.request_id)
+                if output.exception is not None:
+                    logger.error("Document %s of task %r failed.", request.doc_id, request.task_name)
+                    raise output.exception
+                texts[index] = self._response(output, prepared[index])
+                self.cache_hook.add_partial("generate_until", request.args, texts[index])
+                progress.update()
+
+        try:
+            with progress, self._autocast():
+                manager.run(take_results)
+                take_results()
+        finally:
+            manager.destroy()
+        return texts
+
+    def _prepare_requests(self, requests: list[Instance]) -> list["_Generation"]:
+        """What `generate` needs to know of each request."""
+        eos = self.tok_decode(self.eot_token_id, False)
         checked: list[tuple[str, dict]] = []
+        places: Counter = Counter()
+        criteria: dict[tuple, StoppingCriteriaList] = {}  # to make one reads the whole vocabulary
+        prepared = []
         for request in requests:
-            task, gen_kwargs = request.task_name, request.args[1]
+            task, (context, gen_kwargs) = request.task_name, request.args
+            settings = self._generation_settings(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
             if (task, gen_kwargs) not in checked[-1:]:
-                settings = self._generation_settings(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
                 check_generation_arguments(self.model.generation_config, task, gen_kwargs, settings, self.max_length)
                 checked.append((task, gen_kwargs))
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+            until, infill = settings.pop("until"), settings.pop("infill", False)
+            settings["max_new_tokens"] = settings.pop("max_gen_toks")
+            prompt, _ = self.tok_batch_encode(
+                [context], left_truncate_len=self.max_length - settings["max_new_tokens"], truncation=self.truncation
+            )
+            stops = tuple(text for text in until if text != eos)
+            if stops not in criteria:
+                criteria[stops] = StoppingCriteriaList([StopStringCriteria(self.tokenizer, stops)] if stops else [])
+            place = (task, request.doc_id, request.idx)
+            settings |= {
+                "seed": _request_seed(settings.get("seed"), (*place, places[place])),
+                "pad_token_id": self.tokenizer.pad_token_id,
+                "stopping_criteria": criteria[stops],
+            }
+            places[place] += 1
+            prepared.append(_Generation(prompt[0].tolist(), settings, [*stops, eos], infill))
+        return prepared
 
     def _generation_settings(self, gen_kwargs: dict) -> dict:
         """Arguments of `generate` for those of the harness."""
@@ -234,26 +312,15 @@ class MaskedDiffusionLM(HFLM):
             settings["end_think_token_ids"] = self.tok_encode(END_OF_THINKING, add_special_tokens=False)
         return settings
 
-    def _model_generate(
-        self,
-        context: torch.LongTensor,
-        max_length: int,
-        stop: list[str],
-        infill: bool = False,
-        **generation_kwargs,
-    ) -> torch.LongTensor:
-        """Returns context and response (B, S); with `infill` the context as given goes before them."""
-        stop_strings = [text for text in stop if text != self.tok_decode(self.eot_token_id, False)]
-        with self._autocast():
-            sequences = self.model.generate(
-                input_ids=context,
-                max_new_tokens=max_length - context.shape[1],
-                stop_strings=stop_strings or None,
-                tokenizer=self.tokenizer,
-                pad_token_id=self.tokenizer.pad_token_id,
-                **self._generation_settings(generation_kwargs),
-            )
-        return torch.cat([context, sequences], dim=1) if infill else sequences
+    def _response(self, output: GenerationOutput, generation: "_Generation") -> str:
+        """The text as the harness wants it: without what led to it (`think_end_token`), and up to a stop string."""
+        tokens = (output.prompt_ids if generation.infill else []) + output.generated_tokens
+        end = self.think_end_token
+        if not isinstance(end, int):
+            return postprocess_generated_text(self.tok_decode(tokens), generation.until, end)
+        if end in tokens:
+            tokens = tokens[len(tokens) - tokens[::-1].index(end) :]
+        return postprocess_generated_text(self.tok_decode(tokens).lstrip(), generation.until, None)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(
