@@ -3,11 +3,14 @@
 import re
 import runpy
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 import illada
+from illada.commit_rules import COMMIT_RULES
+from illada.rankings import RANKINGS
 
 ROOT = Path(__file__).parents[1]
 PAGES_WITH_BLOCKS = [
@@ -36,10 +39,11 @@ def test_python_blocks_run(name, tmp_path, monkeypatch):
     messages = [{"role": "user", "content": "Sort the numbers: 17 4 9"}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     namespace = {"illada": illada, "torch": torch, "tokenizer": tokenizer, "model": model, "inputs": inputs}
-    for block in python_blocks(ROOT / name):
-        # The 8B weights are not at hand: the embedded model stands in for every released name.
-        block = re.sub(r'"GSAI-ML/[\w.-]+"', "illada.EMBEDDED_MODEL", block)
-        exec(compile(block.replace('device_map="auto"', 'device_map="cpu"'), name, "exec"), namespace)
+    with patch.dict(COMMIT_RULES), patch.dict(RANKINGS):  # what a page registers ends with it
+        for block in python_blocks(ROOT / name):
+            # The 8B weights are not at hand: the embedded model stands in for every released name.
+            block = re.sub(r'"GSAI-ML/[\w.-]+"', "illada.EMBEDDED_MODEL", block)
+            exec(compile(block.replace('device_map="auto"', 'device_map="cpu"'), name, "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
