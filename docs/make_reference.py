@@ -4,13 +4,48 @@ import inspect
 from pathlib import Path
 
 import illada
+import illada.commit_rules
+import illada.continuous_batching
 import illada.conversion
 import illada.evaluation
+import illada.rankings
+import illada.step
 import illada.text.blanks
 import illada.text.trace
 
-MODULES = (illada, illada.text.blanks, illada.text.trace, illada.conversion, illada.evaluation)
-METHODS = {"MaskedDiffusionGenerationMixin": ("generate", "revise"), "ILLaDAForCausalLM": ("forward",)}
+MODULES = (
+    illada,
+    illada.continuous_batching,
+    illada.commit_rules,
+    illada.rankings,
+    illada.step,
+    illada.text.blanks,
+    illada.text.trace,
+    illada.conversion,
+    illada.evaluation,
+)
+METHODS = {
+    "MaskedDiffusionGenerationMixin": ("generate", "revise"),
+    "ILLaDAForCausalLM": ("forward",),
+    "ContinuousBatchingMixin": (
+        "generate_batch",
+        "init_continuous_batching",
+        "continuous_batching_context_manager",
+    ),
+    "ContinuousBatchingManager": (
+        "add_request",
+        "add_requests",
+        "cancel_request",
+        "get_result",
+        "request_id_iter",
+        "register_result_handler",
+        "start",
+        "stop",
+        "is_running",
+        "pause",
+    ),
+    "CommitRule": ("begin",),
+}
 HEAD = """# Reference
 
 The public names, each with the first sentence of its docstring; `help(name)` shows the rest: shapes, dtypes, units,
@@ -34,7 +69,7 @@ def parameters(value) -> str:
     """Names and plain defaults of the parameters."""
     shown = []
     for parameter in inspect.signature(value).parameters.values():
-        if parameter.name in ("self", "args", "kwargs"):
+        if parameter.name == "self" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         has_default = parameter.default is not parameter.empty
         is_plain = isinstance(parameter.default, (str, int, float, bool, type(None)))

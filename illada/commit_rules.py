@@ -20,6 +20,17 @@ from .step import Step, take_first
 if TYPE_CHECKING:
     from .generation_config import MaskedDiffusionGenerationConfig
 
+__all__ = [
+    "COMMIT_RULES",
+    "CommitRule",
+    "ConfidenceFactor",
+    "ConfidenceThreshold",
+    "Decision",
+    "EntropyBound",
+    "MAX_REMASKS",
+    "Quota",
+]
+
 MAX_REMASKS = 3
 """How often a position of a block may be masked again: with it every block comes to an end."""
 

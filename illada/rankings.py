@@ -10,6 +10,8 @@ import torch
 
 from .step import Step
 
+__all__ = ["RANKINGS", "at_random", "by_entropy", "by_low_confidence", "by_margin"]
+
 
 def by_low_confidence(step: Step) -> torch.Tensor:
     """LLaDA's low-confidence remasking (arXiv 2502.09992): the least probable proposals stay masked."""

@@ -12,6 +12,8 @@ import torch
 
 from .logits import log_probability
 
+__all__ = ["Prediction", "Step"]
+
 
 class Prediction:
     """The distributions at M positions; what follows from their logits is computed when asked for, and once.
