@@ -112,11 +112,11 @@ def write_card(folder: Path, table: str, parameters: int, drawn: int = 1000, tra
 def main(
     model: Annotated[Path, typer.Argument(help="Checkpoint folder with its training_log.json.")] = EMBEDDED_MODEL,
     count: Annotated[int, typer.Option(help="Held-out examples of each family.")] = 200,
-    batch_size: Annotated[int, typer.Option(help="Prompts in a batch.")] = 50,
+    rows: Annotated[int, typer.Option(help="Texts that are written at a time.")] = 50,
 ):
     """Measure exact match for each family and write the model card and the loss curve."""
     loaded = AutoModelForCausalLM.from_pretrained(model).eval()
-    table = "\n".join(markdown_table(loaded, AutoTokenizer.from_pretrained(model), count, batch_size))
+    table = "\n".join(markdown_table(loaded, AutoTokenizer.from_pretrained(model), count, rows))
     print(table)
     write_card(model, table, sum(parameter.numel() for parameter in loaded.parameters()))
 

@@ -260,7 +260,7 @@ def test_a_run_with_everything_on_writes_a_model_that_loads(settings, tmp_path, 
         lr_scheduler_kwargs={"num_decay_steps": 2},
         warmup_steps=2,
         report_to="tensorboard",
-        sample_prompts=["one"],
+        sample_prompts=["one", "one two one two"],
         generation={"max_new_tokens": 8, "block_length": 4},
     )
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
@@ -272,17 +272,26 @@ def test_a_run_with_everything_on_writes_a_model_that_loads(settings, tmp_path, 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert model.generation_config.max_new_tokens == 8
     assert_same_weights(model, trainer.model)
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "one"}], add_generation_prompt=True, return_dict=False
-    )
-    with torch.autocast("cpu", torch.bfloat16):
-        text = tokenizer.decode(model.generate(torch.tensor([ids]))[0, len(ids) :], skip_special_tokens=True)
-    samples = [entry["eval_sample_0"] for entry in trainer.state.log_history if "eval_sample_0" in entry]
-    assert len(samples) == 2 and samples[-1] == text
+    for index, prompt in enumerate(["one", "one two one two"]):
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            text = tokenizer.decode(model.generate(torch.tensor([ids]))[0, len(ids) :], skip_special_tokens=True)
+        name = f"eval_sample_{index}"
+        samples = [entry[name] for entry in trainer.state.log_history if name in entry]
+        assert len(samples) == 2 and samples[-1] == text
     [events] = out.glob("runs/*/events*")
     accumulator = EventAccumulator(str(events)).Reload()
     assert [event.value for event in accumulator.Scalars("eval/loss")] == pytest.approx(evaluations)
     assert "eval/sample_0/text_summary" in accumulator.Tags()["tensors"]
+
+
+def test_a_sample_that_cannot_be_written_is_an_error(settings, tmp_path):
+    trainer = trainer_of(settings, tmp_path, eval_data=settings["train_data"], sample_prompts=["one", "two"])
+    trainer.model.lm_head.weight.data[:] = torch.nan
+    with pytest.raises(ValueError, match="logits are NaN"):
+        trainer.evaluate()
 
 
 def test_evaluation_has_a_fixed_noise(settings, tmp_path):

@@ -112,8 +112,8 @@ class MaskedDiffusionTrainer(Trainer):
 
     Args:
         objective: what is random, and the loss's normalisation.
-        sample_prompts: texts that the model continues greedily at every evaluation; the results are logged as
-            `eval_sample_0` and so on, as text in TensorBoard. Written by the chat template, if there is one.
+        sample_prompts: texts that the model continues at every evaluation, by its generation config; the results are
+            logged as `eval_sample_0` and so on, as text in TensorBoard. Written by the chat template, if there is one.
         arguments, keywords: of the `Trainer`. `remove_unused_columns` is set to false, as it must be.
 
     Raises:
@@ -192,13 +192,15 @@ class MaskedDiffusionTrainer(Trainer):
     def evaluate(self, *arguments, **keywords) -> dict[str, float]:
         metrics = super().evaluate(*arguments, **keywords)
         if self.sample_prompts:
-            self.log({f"eval_sample_{i}": text for i, text in enumerate(map(self._continue, self.sample_prompts))})
+            self.log({f"eval_sample_{index}": text for index, text in enumerate(self._samples())})
         return metrics
 
-    @torch.no_grad()
-    def _continue(self, prompt: str) -> str:
+    def _samples(self) -> list[str]:
+        """The continuation of each of `sample_prompts`."""
         tokenizer = self.processing_class
-        ids = encode_prompt(tokenizer, prompt)
-        input_ids = torch.tensor([ids], device=self.args.device)
-        output = self.model.eval().generate(input_ids)
-        return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+        prompts = [encode_prompt(tokenizer, prompt) for prompt in self.sample_prompts]
+        outputs = self.model.generate_batch(prompts, seed=self.args.seed)
+        for output in outputs.values():
+            if output.exception is not None:
+                raise output.exception
+        return [tokenizer.decode(output.generated_tokens, skip_special_tokens=True) for output in outputs.values()]
