@@ -255,6 +255,8 @@ def test_every_option_has_bad_values():
         (["infill", SENTENCE * 40], 2, "512 positions"),
         (["nonsense"], 2, "nonsense"),
         (["eval", "--preset", "nonsense"], 2, "--preset"),
+        (["eval"], 2, "--preset"),
+        (["eval", "--limt", "2"], 2, "--limt"),
     ],
 )
 def test_errors_are_one_line_with_a_cause(capsys, monkeypatch, arguments, code, named):

@@ -18,10 +18,13 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip i
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from illada import EMBEDDED_MODEL, MaskedDiffusionGenerationConfig  # noqa: E402
+from illada.commands.errors import WrongUsage  # noqa: E402
 from illada.continuous_batching import ContinuousBatchingManager  # noqa: E402
+from illada.conversion import convert_adapter  # noqa: E402
 from illada.evaluation import (  # noqa: E402
     cli,
     confidence_score,
@@ -286,6 +289,49 @@ def test_lora_adapters_are_scored(tmp_path, model, tokenizer):
     assert expected != pytest.approx([score.score for score in confidence_score(model, pairs)], abs=0.1)
 
 
+@pytest.mark.parametrize("fault", ["missing", "extra", "misshapen"])
+def test_an_adapter_that_would_be_loaded_by_half_is_an_error(tmp_path, model, fault):
+    """PEFT itself drops what has no place, and leaves what is missing as it was initialised."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'illada[eval]'")
+    base = AutoModelForCausalLM.from_pretrained(EMBEDDED_CHECKPOINT)
+    peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    if fault == "extra":
+        name = name.replace("layers.1", "layers.99")
+        tensors[name] = torch.ones(128, 4)
+    elif fault == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = torch.ones(3, 4)
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    place = name.removeprefix("base_model.model.").removesuffix(".weight")
+    with pytest.raises(ValueError, match=re.escape(place)):
+        MaskedDiffusionLM(EMBEDDED_CHECKPOINT, peft=str(tmp_path), device="cpu")
+
+
+def test_an_adapter_with_the_names_of_the_released_code_acts_in_full(tmp_path, model, tokenizer):
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'illada[eval]'")
+    base = AutoModelForCausalLM.from_pretrained(EMBEDDED_CHECKPOINT)
+    targets = ["q_proj", "o_proj", "gate_proj", "down_proj"]
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "standard")
+    convert_adapter(tmp_path / "standard", tmp_path / "released", to="llada")
+    lm = MaskedDiffusionLM(EMBEDDED_CHECKPOINT, peft=str(tmp_path / "released"), device="cpu")
+    ids = torch.tensor([tokenizer.encode("Tom has 3 apples")])
+    torch.testing.assert_close(lm.model(ids).logits, adapted(ids).logits)
+    assert not torch.allclose(lm.model(ids).logits, model(ids).logits, atol=0.1)
+
+
+def test_an_adapter_that_acts_on_prompts_is_refused_by_name(tmp_path, model):
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'illada[eval]'")
+    base = AutoModelForCausalLM.from_pretrained(EMBEDDED_CHECKPOINT)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="PROMPT_TUNING"):
+        MaskedDiffusionLM(EMBEDDED_CHECKPOINT, peft=str(tmp_path), device="cpu")
+
+
 def test_a_chat_template_without_a_system_role_drops_that_message(tokenizer, reference):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     with pytest.raises(Exception, match="System role not supported"):
@@ -367,6 +413,7 @@ def test_an_empty_context_is_the_prefix_token(model, tokenizer, harness_model):
         ({"max_batch_size": 0}, "`max_batch_size` must be an integer of at least 1, got 0"),
         ({"device": "gpu"}, "`device` must be a device of torch's, such as cpu, .*got 'gpu'"),
         ({"device": "cuda:99"}, "`device` must be one that torch finds, got 'cuda:99'"),
+        ({"peft": "a", "delta": "b"}, "`peft` and `delta` cannot both be given"),
         ({"backend": "seq2seq"}, "`backend` must be 'causal'.*got 'seq2seq'"),
     ],
 )
@@ -627,7 +674,7 @@ def test_the_command_lists_the_presets(harness_arguments):
 def test_the_command_refuses_unknown_presets_and_no_arguments(harness_arguments):
     with pytest.raises(ValueError, match="`preset` must be one of .*got 'mmlu'"):
         invoke("--preset", "mmlu")
-    with pytest.raises(ValueError, match="needs `--preset NAME` or arguments"):
+    with pytest.raises(WrongUsage, match="needs `--preset NAME` or arguments"):
         invoke()
     assert harness_arguments == []
 
@@ -650,8 +697,12 @@ def test_the_command_runs_the_harness_and_names_unknown_tasks(tmp_path, monkeypa
         "score": "confidence",
         "num_samples": 2,
     }
-    with pytest.raises(ValueError, match="Tasks not found: illada_poetry"):
+    with pytest.raises(WrongUsage, match="Tasks not found: illada_poetry"):
         invoke("--tasks", "illada_poetry")
+    with pytest.raises(WrongUsage, match="`score` must be one of .*got 'loss'"):
+        invoke("--tasks", "illada_choice", "--model_args", "score=loss", "--limit", "1")
+    with pytest.raises(WrongUsage, match="`block_length` must be .*got 0.*of task 'illada_reversal'"):
+        invoke("--tasks", "illada_reversal", "--gen_kwargs", "block_length=0", "--limit", "1", "--device", "cpu")
 
 
 def test_the_command_says_what_is_missing_without_the_harness(monkeypatch):
@@ -668,7 +719,7 @@ def test_the_command_says_what_is_missing_without_the_harness(monkeypatch):
     ],
 )
 def test_the_command_refuses_what_the_harness_does_not_know_in_one_sentence(capfd, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(WrongUsage, match=message):
         invoke("--preset", "tiny-chat", *arguments)
     assert capfd.readouterr().err == ""
 

@@ -116,11 +116,14 @@ def with_adapter(model: PreTrainedModel, folder: Path, allow_pickle: bool = Fals
 
     Raises:
         CheckpointError: lists the adapter's tensors that are missing, extra (with no place in the model) or misshapen.
-        FileNotFoundError, ValueError: as [`read_adapter`].
+        FileNotFoundError, ValueError: as [`read_adapter`], and if it acts on prompts and not in layers.
     """
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
     config, tensors = read_adapter(folder, allow_pickle)
+    if PeftConfig.from_peft_type(**config).is_prompt_learning:
+        kind = config["peft_type"]
+        raise ValueError(f"`peft_type` in {folder} must be that of an adapter of layers, such as LORA, got {kind!r}.")
     changes, new_names = rename_adapter(config, tensors)
     tensors = {new_names[name]: tensor for name, tensor in tensors.items()}
     if homeless := homeless_tensors(model, tensors):

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ..commands.errors import WrongUsage
 from .presets import PRESETS, select_presets
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
@@ -33,7 +34,7 @@ def evaluate(
             typer.echo(" ".join([name, *row.arguments()]))
         return
     if preset is None and not context.args:
-        raise ValueError("`illada eval` needs `--preset NAME` or arguments of `lm-eval run`, such as `--tasks`.")
+        raise WrongUsage("`illada eval` needs `--preset NAME` or arguments of `lm-eval run`, such as `--tasks`.")
     names_tasks = any(argument.partition("=")[0] in ("--tasks", "-t") for argument in context.args)
     for run in select_presets(preset).values() if preset else [None]:
         from_preset = run.arguments(with_tasks=not names_tasks) if run else []
@@ -47,19 +48,25 @@ def run_harness(arguments: list[str]):
     module is the registration.
 
     Raises:
-        ValueError: if lm-eval is not installed, or does not know an argument.
+        ValueError: if lm-eval is not installed.
+        WrongUsage: if lm-eval or the model `illada` does not know an argument, or cannot honour it.
     """
     try:
         from lm_eval.__main__ import HarnessCLI, setup_logging
     except ModuleNotFoundError as error:
         raise ValueError(f"`illada eval` needs lm-eval: pip install 'illada[eval]' ({error}).") from error
     from . import harness  # noqa: F401
+    from .harness_arguments import WrongArgument
 
     command_line, sys.argv = sys.argv, ["lm-eval", "run", *arguments]
     try:
         setup_logging(logging.WARNING)  # LMEVAL_LOG_LEVEL=INFO brings the rest back
         command = HarnessCLI()
         command.execute(_parse(command))
+    except ValueError as error:
+        if isinstance(error, WrongArgument) or str(error).startswith("Tasks not found"):
+            raise WrongUsage(str(error)) from error
+        raise
     finally:
         sys.argv = command_line
 
@@ -74,4 +81,4 @@ def _parse(command) -> argparse.Namespace:
                 raise
             reason = errors.getvalue().strip().rpartition("error: ")[2]
             message = f"`illada eval` cannot read its arguments: {reason} (see `lm-eval run --help`)."
-            raise ValueError(message) from None
+            raise WrongUsage(message) from None

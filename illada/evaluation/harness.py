@@ -23,7 +23,9 @@ from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from ..conversion.adapters import with_adapter
 from ..conversion.loading import load_whole_model
+from ..conversion.reading import locate_checkpoint
 from ..tiny import EMBEDDED_MODEL
 from .confidence import confidence_score, is_greedy
 from .harness_arguments import Score, check_generation_arguments, check_model_arguments
@@ -82,7 +84,8 @@ class MaskedDiffusionLM(HFLM):
         kwargs: arguments of `HFLM`, and of `from_pretrained` those in [`LOADING_ARGUMENTS`].
 
     Raises:
-        ValueError: for an unknown argument or a value that is not allowed, before anything is loaded.
+        ValueError: for an unknown argument or a value that is not allowed, before anything is loaded; for a tensor of
+            the checkpoint or the adapter (`peft`) that is missing, has no place in the model or has another shape.
     """
 
     AUTO_MODEL_CLASS = WholeCheckpoint
@@ -132,6 +135,13 @@ class MaskedDiffusionLM(HFLM):
             raise ValueError(f"`max_length` must be in [2, {limit}], the model's positions, got {self.max_length}.")
         if self.add_bos_token and self.tokenizer.bos_token_id is None:
             raise ValueError("`add_bos_token` is True, but the tokenizer has no BOS.")
+
+    def _create_model(self, *arguments, peft: str | None = None, revision: str | None = "main", **settings):
+        """As in `HFLM`, where an adapter's tensors that are missing, or have no place in the model, go unseen."""
+        super()._create_model(*arguments, revision=revision, **settings)
+        if peft:
+            folder = locate_checkpoint(peft, revision, allow_pickle=True, argument="peft")
+            self._model = with_adapter(self._model, folder, allow_pickle=True)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As in `HFLM`: (score in nats, `is_greedy`) per (context, continuation) request."""

@@ -1,6 +1,8 @@
 """What lm-eval's arguments may be for the model `illada`: what it cannot honour is refused, before work begins."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Literal, get_args
 
@@ -58,8 +60,22 @@ SET_BY_THE_HARNESS = {
 """Arguments of `generate` that a task may not set, and what to use instead."""
 
 
+class WrongArgument(ValueError):
+    """An argument that is unknown, bad, or cannot be honoured."""
+
+
+@contextmanager
+def _blaming_arguments() -> Iterator[None]:
+    """Whatever is wrong inside is the fault of an argument."""
+    try:
+        yield
+    except ValueError as error:
+        raise WrongArgument(str(error)) from error
+
+
+@_blaming_arguments()
 def check_model_arguments(pretrained, own: dict, others: dict):
-    """Raises `ValueError` for arguments of the model that are unknown, bad, or without an effect.
+    """Raises [`WrongArgument`] for arguments of the model that are unknown, bad, or without an effect.
 
     Args:
         pretrained: a checkpoint, or a model that is loaded already.
@@ -72,6 +88,8 @@ def check_model_arguments(pretrained, own: dict, others: dict):
             f"the arguments of lm-eval's `hf`, and {', '.join(sorted(LOADING_ARGUMENTS))}."
         )
     given = {name: value for name, value in others.items() if value not in (None, False)}
+    if given.keys() >= {"peft", "delta"}:
+        raise ValueError("`peft` and `delta` cannot both be given.")
     for name, reason in UNUSED_ARGUMENTS.items():
         if name in given:
             raise ValueError(f"`{name}` has no effect with the model `illada`, got {given[name]!r}: {reason}.")
@@ -117,8 +135,9 @@ def _check_device(device: str | None, place: torch.device | None):
         raise ValueError(f"`device` must be one that torch finds, got {device!r}: it finds {count} CUDA devices.")
 
 
+@_blaming_arguments()
 def check_generation_arguments(own: GenerationConfig, task: str, gen_kwargs: dict, settings: dict, max_length: int):
-    """Raises `ValueError` for generation arguments of a task that are unknown, bad, or cannot be honoured.
+    """Raises [`WrongArgument`] for generation arguments of a task that are unknown, bad, or cannot be honoured.
 
     Args:
         own: the model's settings.
