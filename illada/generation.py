@@ -36,7 +36,14 @@ from .inherited import RefusesWritingFromLeftToRight
 from .prediction import CachedPredictor, FullPredictor, Predictor, is_guided
 from .prompts import prepare_max_new_tokens, prepare_prompts
 from .rankings import RANKINGS
-from .revision import RevisionOutput, check_revision, least_likely, leave_one_out_confidences
+from .revision import (
+    FILLING,
+    RevisionOutput,
+    check_filling,
+    check_revision,
+    least_likely,
+    leave_one_out_confidences,
+)
 
 
 @dataclass
@@ -206,26 +213,26 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
         Args:
             input_ids (`torch.LongTensor` of shape `(B, S)`): finished texts, padded on the left, without [MASK].
             attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): as in `generate`.
-            fraction (`float`, *optional*): in (0, 1]; this share of a row's tokens is written anew, rounded up.
+            fraction (`float`, *optional*): in (0, 1]; this share of a row's tokens is rewritten, rounded up.
             threshold (`float`, *optional*): in (0, 1]; or every token less likely than this.
             protected (`torch.BoolTensor` of shape `(B, S)`, *optional*):
                 True for tokens that must stay. BOS, EOS, padding and [MASK] ids are always protected.
             num_rounds (`int`, defaults to 1).
             num_scoring_passes (`int`, *optional*):
                 Forward passes to ask how likely the tokens are; one per token if absent, which is exact.
-            kwargs: fields of [`MaskedDiffusionGenerationConfig`] and arguments of `generate` for the filling.
+            kwargs:
+                Fields of [`MaskedDiffusionGenerationConfig`] and arguments of `generate` for the filling. Fields about
+                a response (`revision.RESPONSE_FIELDS`) are refused, here and in a `generation_config`; those of the
+                model's own are not used.
 
         Raises:
             ValueError: names the argument, its value and what is allowed, before the first forward pass; what only the
                 filling reads (`streamer`, `generator`, `tokenizer` ...) is checked when it begins.
         """
+        check_adapters(self, "`revise`")
         check_revision(fraction, threshold, num_rounds, num_scoring_passes)
-        for name in ("max_new_tokens", "max_length", "num_return_sequences", "return_dict_in_generate"):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"`{name}` must be left to `generate`, got {kwargs[name]!r}: a revision has no use for it."
-                )
-        settings = {**kwargs, "max_new_tokens": 0, "return_dict_in_generate": True}
+        check_filling(kwargs)
+        settings = {**kwargs, **FILLING}
         arguments = inspect.signature(self.generate).parameters
         fields = {name: value for name, value in settings.items() if name not in arguments}
         config = self._prepare_settings(settings.get("generation_config"), fields)
@@ -308,6 +315,8 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
             ("eos_token_id", config.eos_token_ids),
             ("end_think_token_ids", config.end_think_token_ids or []),
             ("suppress_tokens", config.suppress_tokens or []),
+            ("bad_words_ids", [token_id for word in config.bad_words_ids or () for token_id in word]),
+            ("sequence_bias", [token_id for token_id, _ in config.token_biases]),
         ):
             if any(token_id >= self.config.vocab_size for token_id in ids):
                 raise ValueError(f"`{name}` must be in the vocabulary of {self.config.vocab_size} tokens, got {ids}.")
@@ -359,6 +368,7 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
         config = copy.copy(config)
         # Guidance and lengths are this module's own: they must know of positions and blocks.
         config.guidance_scale = config.min_length = config.min_new_tokens = config.renormalize_logits = None
+        config._eos_token_tensor = None  # or else an EOS among `bad_words_ids` would be ignored
 
         def build() -> LogitsProcessorList:
             return self._get_logits_processor(

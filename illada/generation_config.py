@@ -1,12 +1,28 @@
 """What `generate` can be told: the standard fields of Transformers and those of masked diffusion."""
 
-import math
+from functools import cache
 from typing import Any
 
 from transformers.generation import GenerationConfig
+from transformers.utils import logging
 
 from .commit_rules import COMMIT_RULES, PARALLEL_RULES, CommitRule
+from .field_checks import (
+    check_bad_words,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_names,
+    check_number,
+    check_strings,
+    check_token_biases,
+    check_token_ids,
+    is_integer,
+)
 from .rankings import RANKINGS
+from .standard_fields import READ, STANDARD, check_standard_fields
+
+logger = logging.get_logger()  # Transformers' own, whose verbosity users set
 
 CANVASES = ("growing", "fixed")
 BLOCK_CACHES = ("prefix", "dual")
@@ -21,44 +37,12 @@ PRESETS: dict[str, dict] = {
         "block_cache": None,
         "cache_refresh_interval": None,
         "compile": None,
+        "compile_config": None,
     },
     "fast": {"confidence_threshold": 0.9},
 }
 """Settings by name. `exact` is the published quality, one token per forward pass; `docs/generation.md` has the
 measured accuracy and speed of each."""
-
-# Standard fields that presuppose writing from left to right, with the values that leave them unused.
-_LEFT_TO_RIGHT_FIELDS: dict[str, tuple] = {
-    "num_beams": (None, 1),
-    "num_beam_groups": (None, 1),
-    "diversity_penalty": (None, 0.0),
-    "length_penalty": (None, 1.0),
-    "early_stopping": (None, False),
-    "constraints": (None,),
-    "force_words_ids": (None,),
-    "penalty_alpha": (None,),
-    "dola_layers": (None,),
-    "prompt_lookup_num_tokens": (None,),
-    "assistant_early_exit": (None,),
-    "use_mtp": (None, False),
-    "cache_implementation": (None,),
-    "token_healing": (None, False),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "begin_suppress_tokens": (None,),
-    "no_repeat_ngram_size": (None, 0),
-    "encoder_no_repeat_ngram_size": (None, 0),
-    "encoder_repetition_penalty": (None, 1.0),
-    "bad_words_ids": (None,),
-    "sequence_bias": (None,),
-    "exponential_decay_length_penalty": (None,),
-    "watermarking_config": (None,),
-    "output_attentions": (None, False),
-    "output_hidden_states": (None, False),
-    "output_scores": (None, False),
-    "output_logits": (None, False),
-}
-
 
 # Arguments of Transformers' `generate` that callers pass unset.
 _UNUSED_ARGUMENTS = (
@@ -71,31 +55,32 @@ _UNUSED_ARGUMENTS = (
     "position_ids",
     "prefix_allowed_tokens_fn",
     "synced_gpus",
-    "trust_remote_code",
     "use_model_defaults",
 )
 
 
-def _is_unset(name: str, value: Any) -> bool:
-    return name in _UNUSED_ARGUMENTS and (value is None or value is False)
+def _is_unused(name: str, value: Any) -> bool:
+    # `trust_remote_code` is about `custom_generate` and means nothing without it.
+    return name == "trust_remote_code" or (name in _UNUSED_ARGUMENTS and (value is None or value is False))
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _settings(config: GenerationConfig | None) -> dict[str, Any]:
+    """What a config sets, including names that are no fields; without Transformers' own notes."""
+    if not isinstance(config, (GenerationConfig, type(None))):
+        raise ValueError(f"`generation_config` must be a GenerationConfig, got {config!r}.")
+    fields = {} if config is None else vars(config)
+    return {name: value for name, value in fields.items() if value is not None and not name.startswith("_")}
 
 
 class MaskedDiffusionGenerationConfig(GenerationConfig):
     """Settings of [`MaskedDiffusionGenerationMixin.generate`].
 
-    Every standard field keeps its standard meaning (`max_new_tokens`, `do_sample`, `temperature`, `top_p`,
-    `eos_token_id`, `stop_strings`, `suppress_tokens`, `guidance_scale`, `return_dict_in_generate` ...), and
-    `max_new_tokens` may be 0, to fill blanks alone. Fields that presuppose writing from left to right (beams, assisted
-    decoding, forced first tokens ...) are refused. Unset fields take the published quality: exact, greedy, one token
-    per forward.
+    Standard fields that are read keep their standard meaning (`max_new_tokens`, `do_sample`, `temperature`, `top_p`,
+    `eos_token_id`, `stop_strings`, `suppress_tokens`, `guidance_scale`, `return_dict_in_generate` ...), except that
+    `max_new_tokens` may be 0, to fill only the blanks of a prompt. `bad_words_ids` and `sequence_bias` take single
+    tokens. Every other standard field (beams, assisted decoding, forced first tokens ...) is refused when it is set;
+    `standard_fields.py` has the list. Unset fields give the published quality: exact, greedy, one token per forward.
+    `PRESETS` are named groups of settings, which `generate(preset=...)` takes.
 
     Args:
         block_length (`int`, defaults to 32):
@@ -110,31 +95,35 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         confidence_threshold (`float`, *optional*):
             In (0, 1]. Each step also commits every position whose confidence is at least this.
         confidence_factor (`float`, *optional*):
-            Positive. Each step also commits the n surest positions while `(n + 1) (1 - c_(n)) < factor`.
+            Positive. Each step also commits the n most confident positions while
+            `(n + 1) (1 - c_(n)) < factor`, where `c_(n)` is the n-th highest confidence.
         entropy_bound (`float`, *optional*):
             Nats, not negative. Each step also commits positions in ascending entropy while the entropies before each
             add up to at most this. At most one of these three and `commit_rule` is set.
         commit_rule (`str` or [`CommitRule`], *optional*):
-            A rule by its name in `commit_rules.COMMIT_RULES`, or a rule of your own.
+            What decides which proposals a step commits: a name in `commit_rules.COMMIT_RULES`, or a rule of your own.
         seed (`int`, *optional*):
-            Seed of the noise, instead of a `generator`: the first row's, one more for each row after it.
+            Seed of sampling and of `remasking="random"`, instead of a `generator`: the first row has `seed`, the
+            second `seed + 1`, and so on.
         defer_eos (`bool`, defaults to `False`):
             Commit a proposed EOS only when nothing else of the block is left to commit (LLaDA's
             `confidence_eos_eot_inf`, for models whose training padded answers with EOS).
         block_cache (`str`, *optional*):
-            Between the first step of a block and its last, keep keys and values as they were at the first, and
-            recompute the block alone (`"dual"`), or the block and what follows it (`"prefix"`; on a growing canvas
+            Compute the whole canvas at the first step of a block; at its other steps reuse those keys and values, and
+            recompute only the block (`"dual"`), or the block and what follows it (`"prefix"`; on a growing canvas
             nothing does). Approximate. Without it every step computes the whole canvas.
         cache_refresh_interval (`int`, *optional*):
-            With a `block_cache`, also compute the whole canvas at every so many steps of a block; 1 is exact.
+            With a `block_cache`, compute the whole canvas again every so many steps of a block; 1 is exact.
         compile (`bool`, *optional*):
             With a `block_cache`, compile the forward pass of a block once, for one shape, and use it in later calls
-            of that shape; as a CUDA graph on a GPU. `compile_config` sets how.
+            of that shape; as a CUDA graph on a GPU.
+        compile_config (`CompileConfig`, *optional*):
+            With `compile`, the arguments of `torch.compile`.
         mask_token_id (`int`, defaults to the model config's):
             Id of [MASK].
         end_think_token_ids (`list[int]`, *optional*):
-            Ids of the text that ends a chain of thought, `</think>`. Until the response holds them, the next of them
-            is boosted at the first masked position of the active block.
+            Ids of the text that ends a chain of thought, `</think>`. Until the response contains them, the next
+            of them is boosted at the first masked position of the active block.
         end_think_boost (`float`, defaults to 0.0), end_think_power (`float`, defaults to 3.0):
             The boost is `end_think_boost * progress ** end_think_power` logits, where progress is the share of
             `max_new_tokens` up to the position.
@@ -164,7 +153,15 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         self.end_think_boost: float | None = kwargs.pop("end_think_boost", None)
         self.end_think_power: float | None = kwargs.pop("end_think_power", None)
         self.output_trace: bool | None = kwargs.pop("output_trace", None)
+        fields = {name for name in kwargs if not name.startswith("_")}
+        check_names(fields, STANDARD.union(vars(self)), "field")
         super().__init__(**kwargs)
+
+    @classmethod
+    @cache
+    def field_names(cls) -> frozenset[str]:
+        """Every name that may be set."""
+        return frozenset(name for name in vars(cls()) if not name.startswith("_"))
 
     @classmethod
     def from_model_config(cls, model_config) -> "MaskedDiffusionGenerationConfig":
@@ -173,13 +170,30 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         return cls(**{name: getattr(model_config, name, None) for name in names})
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As Transformers has it. Unknown names are kept, with a warning: a file with extras can be loaded and saved.
+
+        `generate` refuses them, since a misspelt name looks the same.
+        """
+        extras = {
+            name: value
+            for name, value in config_dict.items()
+            if name not in cls.field_names() and not name.startswith("_")
+        }
+        if extras:
+            logger.warning_once(
+                f"The generation config has unknown fields, which `generate` refuses: {sorted(extras)}"
+            )
+        fields = {name: value for name, value in config_dict.items() if name not in extras}
+        loaded = super().from_dict(fields, **kwargs)
+        vars(loaded[0] if isinstance(loaded, tuple) else loaded).update(extras)
+        return loaded
+
+    @classmethod
     def from_standard(cls, config: GenerationConfig | None) -> "MaskedDiffusionGenerationConfig":
         """The same settings as an object of this class; itself, if it is one already."""
-        if isinstance(config, cls):
-            return config
-        fields = {} if config is None else config.to_dict()
-        fields.pop("_from_model_config", None)  # such a config would lose fields when it is saved and loaded
-        return cls.from_dict(fields)
+        # `_from_model_config` is not among them: such a config would lose fields when it is saved and loaded.
+        return config if isinstance(config, cls) else cls.from_dict(_settings(config))
 
     @classmethod
     def merged(
@@ -188,34 +202,27 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         """The settings of one call: `fields`, then `preset`, then `given`, then the model's `own`, then defaults.
 
         Fields that exclude each other (two lengths, two parallel rules) are taken together: where one source sets one
-        of them, those of the sources behind it are left out.
+        of them, those of the sources after it are left out.
 
         Raises:
             ValueError: if a field is unknown or has a bad value.
         """
         if preset is not None and preset not in tuple(PRESETS):
             raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}, got {preset!r}.")
-        config = cls()
-        fields = {name: value for name, value in fields.items() if not _is_unset(name, value)}
-        if unknown := {name for name in fields if not hasattr(config, name)}:
-            raise ValueError(
-                f"`generate` got unknown arguments {sorted(unknown)}: it takes the fields of `{cls.__name__}` and the "
-                "arguments of its docstring."
-            )
-
-        def set_fields(source: GenerationConfig | None) -> dict:
-            values = cls.from_standard(source).to_dict()
-            return {name: value for name, value in values.items() if value is not None and name in vars(config)}
-
-        caller = [set_fields(given), PRESETS.get(preset, {}), fields]
+        fields = {name: value for name, value in fields.items() if not _is_unused(name, value)}
+        names = cls.field_names()
+        check_names(fields, names, "argument of `generate`")
+        check_names(_settings(given), names, "field of `generation_config`")
+        check_names(_settings(own), names, "field of the model's `generation_config`")
+        caller = [_settings(given), PRESETS.get(preset, {}), fields]
         values: dict[str, Any] = {}
-        for source in (cls._get_default_generation_params(), set_fields(own), *caller):
+        for source in (cls._get_default_generation_params(), _settings(own), *caller):
             for alternatives in (("max_new_tokens", "max_length"), (*PARALLEL_RULES, "commit_rule")):
                 if any(source.get(name) is not None for name in alternatives):
                     values = {name: value for name, value in values.items() if name not in alternatives}
             values |= source
-        for name, value in values.items():
-            setattr(config, name, value)
+        config = cls()
+        vars(config).update(values)
         config.validate(user_set_attributes=set().union(*caller))
         return config
 
@@ -226,7 +233,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         del defaults["max_length"]  # `generate` has a default for the response alone
         del defaults["top_k"]  # sampling is from the whole distribution, as published
         return {
-            **defaults,
+            **{name: value for name, value in defaults.items() if name in READ},
             "block_length": 32,
             "remasking": "low_confidence",
             "defer_eos": False,
@@ -246,106 +253,105 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             return []
         return [self.eos_token_id] if isinstance(self.eos_token_id, int) else list(self.eos_token_id)
 
+    @property
+    def token_biases(self) -> list[tuple[int, float]]:
+        """`sequence_bias` as pairs of a token id and its bias."""
+        biases = self.sequence_bias or []
+        pairs = biases.items() if isinstance(biases, dict) else biases
+        return [(tokens[0], bias) for tokens, bias in pairs]
+
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None):
         """Checks every field; called on construction, on update and on saving."""
-        self._check_fields()
+        check_standard_fields(self)
+        self._check_fields()  # before the inherited check, which compares without looking at types
         # The inherited check does not know the use of 0: blanks are filled, and nothing is appended.
         max_new_tokens, self.max_new_tokens = self.max_new_tokens, self.max_new_tokens or None
         try:
             super().validate(strict=strict, user_set_attributes=user_set_attributes)
         finally:
             self.max_new_tokens = max_new_tokens
-        if strict and max_new_tokens == 0:
-            raise ValueError(
-                "`max_new_tokens` must be positive in a config that is saved, got 0: pass it to `generate`, since "
-                "Transformers reads no file with it."
-            )
-        self._check_parallel_rules()
-        self._check_block_cache()
-        self._check_mask_id()
-        if self.end_think_boost and not self.end_think_token_ids:
-            raise ValueError(
-                f"`end_think_boost`={self.end_think_boost} must come with `end_think_token_ids`, got none."
-            )
+        self._check_combinations()
+        if strict:
+            self._check_for_saving()
 
     def _check_fields(self):
-        """Checks each field alone; before the inherited check, which compares without looking at types."""
-        for name, unused in _LEFT_TO_RIGHT_FIELDS.items():
-            if getattr(self, name, None) not in unused:
-                raise ValueError(
-                    f"`{name}` must be unset, got {getattr(self, name)!r}: it presupposes writing from left to right, "
-                    "and masked diffusion does not."
-                )
+        """Checks each field by itself."""
         for name in ("max_length", "block_length", "max_denoising_steps", "num_return_sequences"):
-            self._check_integer(name, minimum=1)
-        self._check_integer("cache_refresh_interval", minimum=1)
-        self._check_integer("seed", minimum=0)
+            check_integer(name, getattr(self, name), minimum=1)
+        check_integer("cache_refresh_interval", self.cache_refresh_interval, minimum=1)
+        check_integer("seed", self.seed, minimum=0)
         for name in ("max_new_tokens", "min_length", "min_new_tokens", "top_k", "mask_token_id", "pad_token_id"):
-            self._check_integer(name, minimum=0)
+            check_integer(name, getattr(self, name), minimum=0)
+        check_integer("bos_token_id", self.bos_token_id, minimum=0)
         for name in ("compile", "defer_eos", "do_sample", "output_trace", "return_dict_in_generate"):
-            if not isinstance(getattr(self, name), (bool, type(None))):
-                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        self._check_choice("canvas", CANVASES)
-        self._check_choice("block_cache", BLOCK_CACHES)
-        self._check_choice("remasking", tuple(RANKINGS))
+            check_flag(name, getattr(self, name))
+        check_flag("remove_invalid_values", self.remove_invalid_values)
+        check_choice("canvas", self.canvas, CANVASES)
+        check_choice("block_cache", self.block_cache, BLOCK_CACHES)
+        check_choice("remasking", self.remasking, tuple(RANKINGS))
         if not isinstance(self.commit_rule, CommitRule):
-            self._check_choice("commit_rule", tuple(name for name in COMMIT_RULES if name not in PARALLEL_RULES))
-        for name in ("confidence_threshold", "typical_p"):
-            self._check_number(name, "in (0, 1]", lambda value: 0 < value <= 1)
+            names = tuple(name for name in COMMIT_RULES if name not in PARALLEL_RULES)
+            check_choice("commit_rule", self.commit_rule, names)
+        for name in ("confidence_threshold", "typical_p", "top_h"):
+            check_number(name, getattr(self, name), "in (0, 1]", lambda value: 0 < value <= 1)
         for name in ("top_p", "min_p"):
-            self._check_number(name, "in [0, 1]", lambda value: 0 <= value <= 1)
+            check_number(name, getattr(self, name), "in [0, 1]", lambda value: 0 <= value <= 1)
         for name in ("epsilon_cutoff", "eta_cutoff"):
-            self._check_number(name, "in [0, 1)", lambda value: 0 <= value < 1)
+            check_number(name, getattr(self, name), "in [0, 1)", lambda value: 0 <= value < 1)
         for name in ("confidence_factor", "repetition_penalty", "max_time"):
-            self._check_number(name, "above 0", lambda value: value > 0)
+            check_number(name, getattr(self, name), "above 0", lambda value: value > 0)
         for name in ("entropy_bound", "end_think_boost", "end_think_power", "guidance_scale", "temperature"):
-            self._check_number(name, "of at least 0", lambda value: value >= 0)
-        for name in ("eos_token_id", "suppress_tokens", "end_think_token_ids"):
-            self._check_token_ids(name)
-        self._check_stop_strings()
+            check_number(name, getattr(self, name), "of at least 0", lambda value: value >= 0)
+        if not (is_integer(self.eos_token_id) and self.eos_token_id >= 0):
+            check_token_ids("eos_token_id", self.eos_token_id)
+        check_token_ids("suppress_tokens", self.suppress_tokens)
+        check_token_ids("end_think_token_ids", self.end_think_token_ids, may_be_empty=False)
+        check_bad_words("bad_words_ids", self.bad_words_ids)
+        check_token_biases("sequence_bias", self.sequence_bias)
+        check_strings("stop_strings", self.stop_strings)
 
-    def _check_integer(self, name: str, minimum: int):
-        value = getattr(self, name)
-        if value is not None and not (_is_integer(value) and value >= minimum):
-            raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
-
-    def _check_choice(self, name: str, choices: tuple[str, ...]):
-        value = getattr(self, name)
-        if value is not None and value not in choices:
-            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-    def _check_number(self, name: str, allowed: str, is_allowed):
-        value = getattr(self, name)
-        if value is not None and not (_is_number(value) and is_allowed(value)):
-            raise ValueError(f"`{name}` must be a number {allowed}, got {value!r}.")
-
-    def _check_parallel_rules(self):
+    def _check_combinations(self):
+        """Checks the fields that say something about each other."""
+        if self.do_sample and self.temperature == 0:
+            raise ValueError(
+                f"`temperature` must be above 0 with `do_sample=True`, got {self.temperature}: "
+                "`do_sample=False` takes the likeliest token."
+            )
+        for least, most in (("min_new_tokens", "max_new_tokens"), ("min_length", "max_length")):
+            low, high = getattr(self, least), getattr(self, most)
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"`{least}` must be at most `{most}`={high}, got {low}.")
         rules = *PARALLEL_RULES, "commit_rule"
         values = {name: getattr(self, name) for name in rules if getattr(self, name) is not None}
         if len(values) > 1:
             names = ", ".join(f"`{name}`" for name in rules)
             raise ValueError(f"At most one of {names} may be set, got {values}.")
-
-    def _check_block_cache(self):
-        for name in ("cache_refresh_interval", "compile"):
-            if self.block_cache is None and getattr(self, name):
-                raise ValueError(f"`{name}`={getattr(self, name)} must come with `block_cache`, got None.")
-
-    def _check_token_ids(self, name: str):
-        value = getattr(self, name)
-        if value is None or (name == "eos_token_id" and _is_integer(value) and value >= 0):
-            return
-        is_list = isinstance(value, (list, tuple)) and (value or name != "end_think_token_ids")
-        if not (is_list and all(_is_integer(token_id) and token_id >= 0 for token_id in value)):
-            raise ValueError(f"`{name}` must be a list of token ids, got {value!r}.")
-
-    def _check_stop_strings(self):
-        value = self.stop_strings
-        strings = [value] if isinstance(value, str) else value
-        if value is not None and not (
-            isinstance(strings, (list, tuple)) and strings and all(isinstance(x, str) and x for x in strings)
+        for name, needed in (
+            ("cache_refresh_interval", "block_cache"),
+            ("compile", "block_cache"),
+            ("compile_config", "compile"),
+            ("end_think_boost", "end_think_token_ids"),
         ):
-            raise ValueError(f"`stop_strings` must be a string or a list of strings, none empty, got {value!r}.")
+            if getattr(self, name) and not getattr(self, needed):
+                raise ValueError(
+                    f"`{name}`={getattr(self, name)} must come with `{needed}`, got {getattr(self, needed)}."
+                )
+        if self.compile and self.disable_compile:
+            raise ValueError("`disable_compile` must be unset with `compile=True`, got True.")
+        self._check_mask_id()
+
+    def _check_for_saving(self):
+        """Refuses what a file cannot give back."""
+        if self.max_new_tokens == 0:
+            raise ValueError(
+                "`max_new_tokens` must be positive in a config that is saved, got 0: pass it to `generate`, since "
+                "Transformers reads no file with it."
+            )
+        if isinstance(self.sequence_bias, dict):
+            raise ValueError(
+                "`sequence_bias` must be a list of [[token id], bias] in a config that is saved, got "
+                f"{self.sequence_bias}: the keys of JSON are strings."
+            )
 
     def _check_mask_id(self):
         if self.mask_token_id is None:
@@ -356,4 +362,4 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             ("end_think_token_ids", self.end_think_token_ids or []),
         ):
             if self.mask_token_id in values:
-                raise ValueError(f"`{name}` must not hold `mask_token_id`, [MASK], got {self.mask_token_id}.")
+                raise ValueError(f"`{name}` must not contain `mask_token_id`, [MASK], got {self.mask_token_id}.")

@@ -1,4 +1,4 @@
-"""What `generate` is asked to continue: the prompts, which of their columns are padding, and the room behind them."""
+"""What `generate` is asked to continue: the prompts, which of their columns are padding, and the room after them."""
 
 import torch
 from transformers.utils import logging
@@ -47,7 +47,7 @@ def prepare_prompts(
         raise ValueError(f"`attention_mask` must have the shape of `input_ids`, {shapes}.")
     attention_mask = attention_mask.to(input_ids.device).bool()
     if not attention_mask.any(-1).all():
-        raise ValueError("`input_ids` must hold at least one token in each row, got a row of padding.")
+        raise ValueError("`input_ids` must have at least one token in each row, got a row of padding.")
     if (attention_mask[:, :-1] & ~attention_mask[:, 1:]).any():
         raise ValueError(
             "`attention_mask` must have its zeros on the left, got padding after a token: "
@@ -78,7 +78,8 @@ def prepare_max_new_tokens(
     """The response's budget in tokens, from `max_new_tokens`, else from `max_length`, else the default.
 
     Raises:
-        ValueError: if prompt and response do not fit into the model's positions, or there is nothing to generate.
+        ValueError: if prompt and response do not fit into the model's positions, the least length is above the
+            budget, or there is nothing to generate.
     """
     prompt_length = int(attention_mask.sum(-1).max())
     room = max_position_embeddings - prompt_length
@@ -95,6 +96,11 @@ def prepare_max_new_tokens(
             f"The prompt of {prompt_length} tokens and {source} do not fit into the model's "
             f"{max_position_embeddings} positions (`max_position_embeddings`)."
         )
+    for name, least in (("min_new_tokens", config.min_new_tokens), ("min_length", config.min_length)):
+        given = input_ids.shape[1] if name == "min_length" else 0
+        if least and least > given + max_new_tokens:
+            limit = f"{max_new_tokens} new tokens" + (f" after a prompt of {given}" if given else "")
+            raise ValueError(f"`{name}` must be at most what may be written, {limit}, got {least}.")
     if max_new_tokens == 0 and not (input_ids == config.mask_token_id).any():
         raise ValueError(f"{source} must be positive: the prompt has no [MASK] to fill, and nothing is appended.")
     return max_new_tokens

@@ -1,11 +1,28 @@
-"""Revision: a finished text is read again, its least likely tokens are masked and written anew."""
+"""Revision: the least likely tokens of a finished text are masked and rewritten."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.utils import ModelOutput
 
 from .logits import forbid_mask, log_probability, non_finite_logits, promote
+
+RESPONSE_FIELDS = (
+    "max_new_tokens",
+    "max_length",
+    "min_new_tokens",
+    "min_length",
+    "max_time",
+    "stop_strings",
+    "num_return_sequences",
+    "return_dict_in_generate",
+    "output_trace",
+)
+"""Fields about a response, which a revision does not have, or about the output, which is [`RevisionOutput`]."""
+
+FILLING = {**dict.fromkeys(RESPONSE_FIELDS), "max_new_tokens": 0, "return_dict_in_generate": True}
+"""The same fields as `generate` gets them to fill only the blanks."""
 
 
 @dataclass
@@ -78,14 +95,15 @@ def leave_one_out_confidences(
 def least_likely(
     confidences: torch.Tensor, fraction: float | None = None, threshold: float | None = None
 ) -> torch.BoolTensor:
-    """The positions (B, S) to write anew: the lowest `fraction` of each row, rounded up, or all below `threshold`."""
+    """The positions (B, S) to rewrite: the lowest `fraction` of each row, rounded up, or all below `threshold`."""
     asked = ~confidences.isnan()
     if threshold is not None:
         return asked & (confidences < threshold)
-    counts = (fraction * asked.sum(-1, keepdim=True)).ceil()
     order = confidences.masked_fill(~asked, torch.inf).argsort(dim=-1, stable=True)
     ranks = order.argsort(dim=-1)
-    return asked & (ranks < counts)
+    # Division rounds correctly, so that 15 / 50 is 0.3; 0.3 * 50 is above 15. On the host: not every device has fp64.
+    shares = ranks.cpu().double() / asked.sum(-1, keepdim=True).cpu()
+    return asked & (shares < fraction).to(asked.device)
 
 
 def check_revision(fraction: float | None, threshold: float | None, num_rounds: int, num_passes: int | None):
@@ -98,3 +116,15 @@ def check_revision(fraction: float | None, threshold: float | None, num_rounds: 
     for name, value in (("num_rounds", num_rounds), ("num_scoring_passes", 1 if num_passes is None else num_passes)):
         if not (type(value) is int and value >= 1):
             raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+
+
+def check_filling(settings: dict[str, Any]):
+    """Raises a `ValueError` if `settings`, or a `generation_config` in them, has a field about a response."""
+    config = settings.get("generation_config")
+    for name in RESPONSE_FIELDS:
+        for argument, value in (
+            (name, settings.get(name)),
+            (f"generation_config.{name}", getattr(config, name, None)),
+        ):
+            if value is not None:
+                raise ValueError(f"`{argument}` must be unset, got {value!r}: a revision has no use for it.")

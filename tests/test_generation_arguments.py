@@ -8,7 +8,7 @@ import torch
 from tiny_models import EOS, MASK, PAD, random_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import CompileConfig, GenerationConfig, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
 from illada import MaskedDiffusionGenerationConfig
@@ -25,8 +25,8 @@ NOT_FLAGS = ("yes", 1, [True])
 BAD_FIELDS = {
     # lengths and steps
     "max_new_tokens": (*NOT_LENGTHS, 62),  # 0 because nothing is masked, 62 because 64 positions hold 61 more tokens
-    "min_length": NOT_COUNTS,
-    "min_new_tokens": NOT_COUNTS,
+    "min_length": (*NOT_COUNTS, 8),  # a prompt of 3 and 4 new tokens
+    "min_new_tokens": (*NOT_COUNTS, 5),  # above `max_new_tokens`, 4
     "block_length": NOT_LENGTHS,
     "max_denoising_steps": NOT_LENGTHS,
     "max_time": ("1", 0, -1, INF, True),
@@ -43,7 +43,27 @@ BAD_FIELDS = {
     "pad_token_id": (*NOT_TOKENS, [1], MASK),
     "eos_token_id": (*NOT_TOKENS, [2, 37], [2, "3"], [2.0], [-1], MASK, [2, MASK]),
     "suppress_tokens": ("ab", 7, [37], [-1], [1.5]),
+    "bad_words_ids": ("ab", [], [3], [[]], [[3, 4]], [[7], [3, 4]], [[37]], [[-1]], [["a"]], ((3,),)),
+    "sequence_bias": (
+        "ab",
+        {},
+        [],
+        {(3, 4): 1.0},
+        {(): 1.0},
+        {(37,): 1.0},
+        {3: 1.0},
+        {(3,): "1"},
+        {(3,): NAN},
+        {(3,): INF},
+        [[[3, 4], 1.0]],
+        [[[3], 1.0], [[37], 1.0]],
+        [[3, 1.0]],
+        [[[3]]],
+    ),
     "end_think_token_ids": ("ab", 7, [], [7, 37], [-1], [1.5], [MASK]),
+    "bos_token_id": NOT_TOKENS[:3],
+    "compile_config": ({}, "max-autotune"),
+    "remove_invalid_values": NOT_FLAGS,
     "end_think_boost": ("1", -1, NAN, True),
     "end_think_power": ("1", -1, INF, True),
     "repetition_penalty": ("1", 0, -1, NAN),
@@ -54,7 +74,7 @@ BAD_FIELDS = {
     "return_dict_in_generate": NOT_FLAGS,
     "num_return_sequences": (*NOT_LENGTHS, 2),  # 2 because a greedy call has one answer
     "stop_strings": (5, "", [], [""], ["a", 5]),
-    # what presupposes writing from left to right: beams, assisted decoding, forced tokens, n-grams
+    # what assumes writing from left to right: beams, assisted decoding, forced tokens, n-grams
     "num_beams": (2,),
     "num_beam_groups": (2,),
     "diversity_penalty": (0.5,),
@@ -75,8 +95,6 @@ BAD_FIELDS = {
     "no_repeat_ngram_size": (2,),
     "encoder_no_repeat_ngram_size": (2,),
     "encoder_repetition_penalty": (1.5,),
-    "bad_words_ids": ([[3]],),
-    "sequence_bias": ({(3,): 1.0},),
     "exponential_decay_length_penalty": ((1, 2.0),),
     "watermarking_config": ({"bias": 1.0},),
     "output_attentions": (True,),
@@ -118,6 +136,11 @@ BAD_ARGUMENTS = {
     "preset": ("slow", 3, ["fast"]),
     # unknown ones, a misspelt name and arguments of other ways of writing among them
     "confidense_threshold": (0.5,),
+    "eos_token_ids": ([2], None),  # a property of the config
+    "update": (True,),  # and methods of it
+    "to_dict": (1,),
+    "field_names": (1,),
+    "_from_model_config": (True,),
     "steps": (4,),
     "assistant_model": ("a model",),
     "negative_prompt_ids": (PROMPT,),
@@ -141,6 +164,12 @@ BAD_PROMPTS = (
 
 CONFLICTS = [
     # (names of which one must be in the message, arguments)
+    (["temperature", "do_sample"], {"do_sample": True, "temperature": 0.0}),
+    (["min_new_tokens"], {"max_new_tokens": None, "max_length": 6, "min_new_tokens": 4}),
+    (["min_length", "max_length"], {"max_new_tokens": None, "max_length": 6, "min_length": 7}),
+    (["min_new_tokens"], {"max_new_tokens": None, "min_new_tokens": 257}),
+    (["compile_config", "compile"], {"compile_config": CompileConfig()}),
+    (["disable_compile"], {"compile": True, "block_cache": "dual", "disable_compile": True}),
     (["confidence_threshold"], {"confidence_threshold": 0.5, "confidence_factor": 0.5}),
     (["confidence_threshold"], {"confidence_threshold": 0.5, "entropy_bound": 0.5}),
     (["entropy_bound"], {"confidence_factor": 0.5, "entropy_bound": 0.5}),

@@ -1,8 +1,14 @@
 """Revision of finished text."""
 
+import copy
+import math
+from fractions import Fraction
+
 import pytest
 import torch
+from transformers import GenerationConfig
 
+from illada import MaskedDiffusionGenerationConfig
 from illada.revision import least_likely, leave_one_out_confidences
 
 
@@ -52,6 +58,28 @@ def test_least_likely():
     assert torch.equal(least_likely(confidences, fraction=1.0), ~confidences.isnan())
 
 
+def test_a_fraction_is_an_exact_count():
+    """Of all shares in hundredths, and of `k / n` for all k: by exact arithmetic."""
+    for n in range(1, 121):
+        confidences = torch.rand(1, n, generator=torch.Generator().manual_seed(n))
+        for text in (f"{hundredths / 100:.2f}" for hundredths in range(1, 101)):
+            expected = math.ceil(Fraction(text) * n)
+            assert int(least_likely(confidences, fraction=float(text)).sum()) == expected, (text, n)
+        for k in range(1, n + 1):
+            assert int(least_likely(confidences, fraction=k / n).sum()) == k, (k, n)
+
+
+def test_three_tenths_of_fifty_are_fifteen(tiny_model):
+    text = torch.randint(6, 64, (1, 50), generator=torch.Generator().manual_seed(0))
+    masked = []
+    hook = tiny_model.register_forward_pre_hook(
+        lambda module, arguments, keywords: masked.append(int((keywords["input_ids"] == 5).sum())), with_kwargs=True
+    )
+    tiny_model.revise(text, fraction=0.3, num_scoring_passes=1)
+    hook.remove()
+    assert masked[:2] == [50, 15]  # all are asked at once, then the least likely are filled
+
+
 def test_revision_changes_only_what_is_least_likely_and_not_protected(tiny_model, text):
     protected = torch.zeros_like(text, dtype=torch.bool)
     protected[0, :4] = True
@@ -96,6 +124,26 @@ def test_rows_of_a_padded_batch_are_revised_as_alone(tiny_model, text):
         ({"fraction": 0.5, "protected": [True] * 9}, "protected"),
         ({"fraction": 0.5, "max_new_tokens": 4}, "max_new_tokens"),
         ({"fraction": 0.5, "do_sample": True, "num_return_sequences": 2}, "num_return_sequences"),
+        ({"fraction": 0.5, "min_new_tokens": 1}, "min_new_tokens"),
+        ({"fraction": 0.5, "stop_strings": "a"}, "stop_strings"),
+        ({"fraction": 0.5, "output_trace": True}, "output_trace"),
+        (
+            {"fraction": 0.5, "generation_config": GenerationConfig(max_new_tokens=4)},
+            "generation_config.max_new_tokens",
+        ),
+        ({"fraction": 0.5, "generation_config": GenerationConfig(max_length=40)}, "generation_config.max_length"),
+        (
+            {
+                "fraction": 0.5,
+                "generation_config": MaskedDiffusionGenerationConfig(do_sample=True, num_return_sequences=2),
+            },
+            "generation_config.num_return_sequences",
+        ),
+        (
+            {"fraction": 0.5, "generation_config": GenerationConfig(return_dict_in_generate=True)},
+            "generation_config.return_dict_in_generate",
+        ),
+        ({"fraction": 0.5, "generation_config": {"block_length": 4}}, "generation_config"),
         ({"fraction": 0.5, "num_rounds": 0}, "num_rounds"),
         ({"fraction": 0.5, "num_rounds": 1.5}, "num_rounds"),
         ({"fraction": 0.5, "num_scoring_passes": 0}, "num_scoring_passes"),
@@ -105,8 +153,39 @@ def test_rows_of_a_padded_batch_are_revised_as_alone(tiny_model, text):
     ],
 )
 def test_bad_arguments(tiny_model, text, arguments, name):
-    with pytest.raises(ValueError, match=name):
-        tiny_model.revise(text, **arguments)
+    hook = tiny_model.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass"))
+    try:
+        with pytest.raises(ValueError, match=name):
+            tiny_model.revise(text, **arguments)
+    finally:
+        hook.remove()
+
+
+def test_the_models_own_settings_of_a_response_are_not_used(tiny_model, text, monkeypatch):
+    expected = tiny_model.revise(text, fraction=0.5).sequences
+    own = MaskedDiffusionGenerationConfig(
+        max_new_tokens=9, min_new_tokens=4, stop_strings=["a"], do_sample=False, output_trace=True
+    )
+    monkeypatch.setattr(
+        tiny_model,
+        "generation_config",
+        MaskedDiffusionGenerationConfig.from_dict(
+            tiny_model.generation_config.to_dict() | {k: v for k, v in own.to_dict().items() if v is not None}
+        ),
+    )
+    assert torch.equal(tiny_model.revise(text, fraction=0.5).sequences, expected)
+
+
+def test_prompt_learning_is_refused_before_the_first_pass(tiny_model, text):
+    """While `PeftModel.generate` runs, the model inside knows of it."""
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(copy.deepcopy(tiny_model), config)
+    base = model.get_base_model()
+    base.prepare_inputs_for_generation = model.prepare_inputs_for_generation
+    base.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass"))
+    with pytest.raises(ValueError, match="`revise` cannot honour the adapter PROMPT_TUNING"):
+        base.revise(text, fraction=0.5)
 
 
 def test_a_text_beyond_the_models_positions_is_refused_before_the_first_pass(tiny_model):

@@ -1,8 +1,10 @@
 """Sampling through Transformers' own processors, on a model whose probabilities the test writes down."""
 
+import math
+
 import pytest
 import torch
-from tiny_models import MASK, TableModel, pad_left, prompt_of, random_model, table_of
+from tiny_models import EOS, MASK, TableModel, pad_left, prompt_of, random_model, table_of
 from transformers import LogitsProcessor, LogitsProcessorList
 
 A, B, C, D = 6, 7, 8, 9
@@ -57,6 +59,12 @@ def _sample(model, **arguments):
         ({"temperature": 0.5, "top_k": 2}, {A: 16 / 25, B: 9 / 25}),
         ({"suppress_tokens": [A, D]}, {B: 3 / 5, C: 2 / 5}),
         ({"suppress_tokens": [A], "top_k": 1}, {B: 1.0}),
+        ({"bad_words_ids": [[A], [D]]}, {B: 3 / 5, C: 2 / 5}),
+        # exp(log 2) doubles .2: .4 .3 .4 .1, in sum 1.2
+        ({"sequence_bias": {(C,): math.log(2)}}, {A: 4 / 12, B: 3 / 12, C: 4 / 12, D: 1 / 12}),
+        ({"sequence_bias": [[[C], math.log(2)], [[A], -math.inf]]}, {B: 3 / 8, C: 4 / 8, D: 1 / 8}),
+        # Biases come before sampling: temperature .5 squares .4 .3 .4 .1, and top_k takes two of them
+        ({"sequence_bias": {(C,): math.log(2)}, "temperature": 0.5, "top_k": 2}, {A: 1 / 2, C: 1 / 2}),
     ],
     ids=str,
 )
@@ -90,6 +98,42 @@ def test_confidence_is_that_of_the_distribution_after_processing(model):
     _, output = _sample(model, suppress_tokens=[A])
     expected = torch.tensor([PROBABILITIES[token] / 0.6 for token in output.sequences[0, 1:].tolist()])
     torch.testing.assert_close(output.commit_confidences[0, 1:], expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"bad_words_ids": [[A], [D], [MASK]]}, {B: 3 / 5, C: 2 / 5}),
+        ({"sequence_bias": {(B,): math.log(2), (C,): -math.log(2)}}, {A: 4 / 12, B: 6 / 12, C: 1 / 12, D: 1 / 12}),
+    ],
+    ids=str,
+)
+def test_confidence_counts_bad_words_and_biases(model, arguments, expected):
+    _, output = _sample(model, **arguments)
+    confidences = torch.tensor([expected[token] for token in output.sequences[0, 1:].tolist()])
+    torch.testing.assert_close(output.commit_confidences[0, 1:], confidences)
+
+
+@pytest.mark.parametrize("blanks", [(), (0, 2)], ids=["no blanks", "blanks"])
+def test_bad_words_and_biases_of_a_greedy_call(model, blanks):
+    prompt = prompt_of(3, blanks)
+    arguments = {"inputs": prompt, "max_new_tokens": 2, "block_length": 2}
+    for settings, best in (
+        ({}, A),
+        ({"bad_words_ids": [[A]]}, B),
+        ({"bad_words_ids": [[A], [B]]}, C),
+        ({"sequence_bias": {(B,): 0.28}}, A),  # log(.4 / .3) = .2877
+        ({"sequence_bias": {(B,): 0.29}}, B),
+        ({"sequence_bias": [[[MASK], 50.0], [[D], 1.5]]}, D),  # [MASK] is never a prediction
+    ):
+        expected = torch.cat([prompt.masked_fill(prompt == MASK, best), torch.tensor([[best, best]])], 1)
+        assert torch.equal(model.generate(**arguments, **settings), expected)
+
+
+def test_an_eos_among_the_bad_words_is_never_written():
+    model = TableModel(table_of(dict.fromkeys(range(4), {EOS: 0.9, A: 0.06}), 4))
+    assert model.generate(prompt_of(1), max_new_tokens=3).tolist() == [[7, EOS]]
+    assert model.generate(prompt_of(1), max_new_tokens=3, bad_words_ids=[[EOS]]).tolist() == [[7, A, A, A]]
 
 
 def test_suppressed_tokens_of_a_greedy_call(model):
