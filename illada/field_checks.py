@@ -1,6 +1,5 @@
 """Checks of one setting each: a `ValueError` that names the field, its value and what is allowed; `None` is unset."""
 
-import difflib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,14 +7,6 @@ from typing import Any
 
 def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def check_names(names: Iterable[str], known: Iterable[str], kind: str):
-    """Refuses names that are not `known`, with the nearest that is; `kind` says what they are, as in "argument"."""
-    for name in sorted(set(names) - set(known)):
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean `{near[0]}`?" if near else ": `MaskedDiffusionGenerationConfig` has no such field."
-        raise ValueError(f"`{name}` is an unknown {kind}{hint}")
 
 
 def check_integer(name: str, value: Any, minimum: int):

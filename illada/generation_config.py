@@ -12,7 +12,6 @@ from .field_checks import (
     check_choice,
     check_flag,
     check_integer,
-    check_names,
     check_number,
     check_strings,
     check_token_biases,
@@ -20,7 +19,7 @@ from .field_checks import (
     is_integer,
 )
 from .rankings import RANKINGS
-from .standard_fields import READ, STANDARD, check_standard_fields
+from .standard_fields import READ, STANDARD, check_names, check_standard_fields
 
 logger = logging.get_logger()  # Transformers' own, whose verbosity users set
 

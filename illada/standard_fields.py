@@ -4,6 +4,8 @@ A field is read, or ignored because it cannot change a token, or refused by name
 version of Transformers adds is refused until it is listed here.
 """
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from transformers.generation import GenerationConfig
@@ -123,6 +125,14 @@ def check_standard_fields(config: GenerationConfig):
         if not _is_unset(value, _FILLED_IN.get(name)):
             reason = REFUSED.get(name, "this version of illada does not know it")
             raise ValueError(f"`{name}` must be unset, got {value!r}: {reason}.")
+
+
+def check_names(names: Iterable[str], known: Iterable[str], kind: str):
+    """Refuses names that are not `known`, with the nearest that is read; `kind` says what they are: "argument"."""
+    for name in sorted(set(names).difference(known)):
+        near = difflib.get_close_matches(name, set(known) - REFUSED.keys() - HARMLESS.keys(), n=1)
+        hint = f"; did you mean `{near[0]}`?" if near else ": `MaskedDiffusionGenerationConfig` has no such field."
+        raise ValueError(f"`{name}` is an unknown {kind}{hint}")
 
 
 def _is_unset(value: Any, filled_in: Any) -> bool:

@@ -172,7 +172,7 @@ def test_a_request_that_raises_fails_alone(model):
         ({"max_new_tokens": 100}, "do not fit into the model's"),
         ({"mask_token_id": 6}, "`mask_token_id` must be the manager's, 5, got 6"),
         ({"max_new_tokens": 40}, "must fit into `max_tokens`=32, got 3 tokens of prompt and a budget of 40"),
-        ({"nonsense": 1}, "unknown arguments"),
+        ({"nonsense": 1}, "`nonsense` is an unknown argument"),
     ],
 )
 def test_a_bad_request_is_refused_before_it_is_queued(model, arguments, message):
