@@ -118,6 +118,8 @@ class ActiveBlocks:
         index (`torch.LongTensor` of shape `(R, 1)`): the rows' places in the canvas.
         columns (`torch.LongTensor` of shape `(R, W)`): the blocks' columns in the canvas, 0 where a block is shorter.
         exists (`torch.BoolTensor` of shape `(R, W)`): False where a block is shorter than the widest.
+        tokens (`torch.LongTensor` of shape `(R, W)`): what is there now.
+        masked (`torch.BoolTensor` of shape `(R, W)`): what is still to be decided.
     """
 
     def __init__(self, canvas: Canvas, rows: list[Row]):
@@ -127,11 +129,7 @@ class ActiveBlocks:
         self.index = torch.tensor([[row.index] for row in rows])
         self.columns = torch.stack([F.pad(row.block, (0, width - size)) for row, size in zip(rows, sizes)])
         self.exists = torch.arange(width) < torch.tensor(sizes).unsqueeze(-1)
-
-    @property
-    def tokens(self) -> torch.LongTensor:
-        """(R, W): what stands there now."""
-        return self.canvas.tokens[self.index, self.columns]
+        self._read()
 
     @property
     def texts(self) -> torch.LongTensor:
@@ -143,10 +141,9 @@ class ActiveBlocks:
         """(R, W): how often each position was masked again."""
         return self.canvas.num_remasks[self.index, self.columns]
 
-    @property
-    def masked(self) -> torch.BoolTensor:
-        """(R, W): what is still to be decided."""
-        return self.exists & (self.tokens == self.canvas.mask_token_id)
+    def _read(self):
+        self.tokens = self.canvas.tokens[self.index, self.columns]
+        self.masked = self.exists & (self.tokens == self.canvas.mask_token_id)
 
     def commit(
         self,
@@ -172,6 +169,7 @@ class ActiveBlocks:
             canvas.commit_steps[where] = 0
             canvas.commit_confidences[where] = torch.nan
             canvas.num_remasks[where] += 1
+        self._read()
 
     def first_eos(self, eos_token_ids: torch.LongTensor) -> list[int | None]:
         """For each row the column of its block's first EOS, if nothing before it is masked: there its text ends."""

@@ -125,7 +125,11 @@ class Step:
 
     def best_ranked(self, counts: torch.LongTensor) -> torch.BoolTensor:
         """Marks the `counts` (R,) masked positions of each row with the highest scores; ties go to the lower."""
-        return take_first(self.scores.argsort(dim=-1, descending=True, stable=True), counts) & self.masked
+        return take_first(self._order, counts) & self.masked
+
+    @cached_property
+    def _order(self) -> torch.LongTensor:
+        return self.scores.argsort(dim=-1, descending=True, stable=True)
 
 
 def take_first(order: torch.LongTensor, counts: torch.LongTensor) -> torch.BoolTensor:
