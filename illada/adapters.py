@@ -16,7 +16,7 @@ def check_adapters(model, work: str):
         work: what is refused, for the message.
     """
     adapters = []
-    for method in (model.forward, model.prepare_inputs_for_generation):
+    for method in (model.forward, getattr(model, "prepare_inputs_for_generation", None)):
         config = getattr(getattr(method, "__self__", model), "active_peft_config", None)
         if getattr(config, "is_prompt_learning", False):
             adapters.append(config.peft_type.value)

@@ -8,7 +8,7 @@ import torch
 from transformers.generation import LogitsProcessorList
 
 from .canvas import ActiveBlocks, Row
-from .commit_rules import MAX_REMASKS, CommitRule, quota_of
+from .commit_rules import MAX_REMASKS, CommitRule, Decision, quota_of
 from .end_of_thinking import EndOfThinkingBoost
 from .generation_config import MaskedDiffusionGenerationConfig
 from .logits import forbid_mask
@@ -112,7 +112,7 @@ class Denoiser:
             read_canvas=lambda: blocks.texts.to(self.device),
         )
         step.rank(self.ranking)
-        decision = rule(step)
+        decision = _checked(rule(step), rule, step)
         commit = decision.commit & step.masked
         commit |= step.best_ranked((~commit.any(-1)).long())  # no pass without progress
         remask = torch.zeros_like(commit)
@@ -171,3 +171,22 @@ class Denoiser:
         num_steps = self.config.max_denoising_steps or self.config.block_length
         quotas = [quota_of(len(row.block), num_steps, row.block_passes) for row in rows]
         return torch.tensor(quotas, device=self.device)
+
+
+def _checked(decision: Decision, rule: CommitRule, step: Step) -> Decision:
+    """The decision of a rule, which may be a user's own.
+
+    Raises:
+        ValueError: names what the rule must return.
+    """
+    name = type(rule).__name__
+    if not isinstance(decision, Decision):
+        raise ValueError(f"`{name}` must return a `Decision`, got {decision!r:.100}.")
+    for field, answer in (("commit", decision.commit), ("remask", decision.remask)):
+        is_mask = isinstance(answer, torch.Tensor) and answer.dtype == torch.bool and answer.shape == step.masked.shape
+        if not is_mask and not (field == "remask" and answer is None):
+            kind = f"{answer.dtype} {tuple(answer.shape)}" if isinstance(answer, torch.Tensor) else repr(answer)
+            raise ValueError(f"`{name}` must return a bool `{field}` of shape {tuple(step.masked.shape)}, got {kind}.")
+    if decision.remask is not None and not rule.may_remask:
+        raise ValueError(f"`{name}` must have `may_remask = True` to return a `remask`.")
+    return decision

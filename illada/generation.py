@@ -93,16 +93,18 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
     ) -> MaskedDiffusionGenerationOutput | torch.LongTensor:
         """Writes a continuation of each prompt, and fills the masks inside it, by iterative denoising.
 
-        1. Prepare the settings, the prompts (a [MASK] in a prompt is a blank to fill) and the canvas.
-        2. For each block of the schedule, until every row is finished:
-            a. while a live row has masks in the block, predict them from the whole canvas (with a `block_cache`, from
-               the block over cached keys and values of the rest),
-            b. commit the quota of the surest predictions, and what a parallel rule adds; the rest stays masked,
-            c. finish the rows in which everything before the first EOS is decided,
-            d. at the end of the block, ask the stopping criteria and stream what is settled.
+        1. Prepare the settings and the prompts (a [MASK] in a prompt is a blank to fill), each as a request.
+        2. Denoise (`engine.py`). Each row decodes its own blocks, the prompt's blanks first. In each pass:
+            a. predict the masks of every row's block from its whole text (with a `block_cache`, from the block over
+               cached keys and values of the rest),
+            b. commit the quota of the most confident predictions, and what a parallel rule adds; the rest stays
+               masked,
+            c. finish the rows in which everything before the first EOS is decided; at the end of a block, ask the
+               stopping criteria, stream what is settled, and open the next.
         3. Pad what follows each row's end.
 
-        A greedy row does not depend on the batch around it: it gives the tokens that it gives alone.
+        A row does not depend on the batch around it: it gets the tokens that it gets by itself, a sampled row with
+        the same source of noise included.
 
         Args:
             inputs or input_ids (`torch.LongTensor` of shape `(B, S)`):
@@ -110,15 +112,19 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
             generation_config ([`MaskedDiffusionGenerationConfig`], *optional*):
                 Settings. Keyword arguments win over it, and it wins over the model's own.
             logits_processor (`LogitsProcessorList`, *optional*):
-                Called with one row per masked position: the canvas of its text, in which padding reads as [MASK], and
-                its logits (M, V). Confidence is taken from what they return.
-            stopping_criteria (`StoppingCriteriaList`, *optional*): asked at the end of each block of the response.
+                Called with one row per masked position: the text it is in, without padding, and its logits (M, V).
+                Confidence is taken from what they return.
+            stopping_criteria (`StoppingCriteriaList`, *optional*):
+                Asked at the end of each block of a row's response, for that row only: `input_ids` are `(1, S)`.
             streamer (`BaseStreamer`, *optional*):
                 For one prompt. Receives the prompt, each settled block and, if it has `put_draft`, after each step
                 the block with the current predictions in place of its masks.
-            on_step (`Callable`, *optional*): called with a [`DenoisingStep`] after each forward pass.
+            on_step (`Callable`, *optional*):
+                Called with a [`DenoisingStep`] for each row after each of its forward passes.
             generator (`torch.Generator`, *optional*):
-                Source of all randomness; the global one if absent. Noise is drawn for masked positions alone.
+                Source of all randomness, on the model's device. It serves one row as it is; of several rows, each has
+                one of its own, whose seed is drawn from it, or from the global one if absent. `seed` sets them
+                instead: row `i` has `seed + i`.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for `stop_strings`.
             attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*):
                 0 for padding. If absent, leading pad tokens are padding, unless pad is an EOS too.

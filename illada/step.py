@@ -109,7 +109,7 @@ class Step:
 
     @cached_property
     def canvas(self) -> torch.LongTensor:
-        """The texts (R, S), [MASK] where nothing is decided and behind a row's end."""
+        """The texts (R, S), [MASK] where nothing is decided and after a row's end."""
         return self._read_canvas()
 
     def uniform_noise(self) -> torch.Tensor:

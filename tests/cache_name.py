@@ -29,6 +29,7 @@ import torch  # noqa: E402
 from tiny_models import pad_left, random_model  # noqa: E402
 
 from illada.block_cache import BlockCache  # noqa: E402
+from illada.canvas import Row  # noqa: E402
 
 BATCH = pad_left([[7, 8, 9, 10, 11, 12, 13], [9, 8], [14, 15, 16, 17]])
 
@@ -36,13 +37,15 @@ BATCH = pad_left([[7, 8, 9, 10, 11, 12, 13], [9, 8], [14, 15, 16, 17]])
 def largest_difference() -> float:
     """Between the logits of a full pass and of a block pass right after it, which sees what the full one left."""
     model, tokens = random_model(0, num_layers=3), torch.arange(6, 18).view(2, 6)
-    cache = BlockCache(num_layers=3, num_rows=2, num_columns=7)
+    rows = [Row(index, None, prompt_length=6, end=6, length=6) for index in range(2)]
+    cache = BlockCache(num_layers=3)
+    cache.reserve(num_rows=2, num_columns=7)
     positions = torch.arange(6).expand(2, -1)
     differences = []
     with torch.no_grad():
-        cache.seat(torch.arange(2))
+        cache.seat([], rows)
         for columns in (positions, positions[:, 2:4]):
-            cache.look_at(columns, None if columns is positions else 6)
+            cache.look_at(rows, columns, None if columns is positions else 6)
             for name in ("past_key_values", "cache"):
                 part = tokens.gather(1, columns)
                 logits = model(part, position_ids=columns, **{name: cache}).logits

@@ -235,3 +235,21 @@ def test_a_registered_ranking_works_by_name(monkeypatch):
     model = TableModel(table_of({1: {A: 0.6}, 2: {B: 0.9}, 3: {C: 0.7}, 4: {D: 0.8}}, 5))
     _, steps = steps_of(model, 4, remasking="own")
     assert [step.columns[step.committed].tolist() for step in steps] == [[1], [2], [3], [4]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda step: None, "`Line` must return a `Decision`, got None"),
+        (lambda step: Decision(step.masked[0]), r"bool `commit` of shape \(1, 4\), got torch.bool \(4,\)"),
+        (lambda step: Decision(step.confidence), r"bool `commit` of shape \(1, 4\), got torch.float64 \(1, 4\)"),
+        (lambda step: Decision(step.masked, remask=step.masked), "`Line` must have `may_remask = True`"),
+    ],
+)
+def test_what_a_rule_returns_is_checked(answer, message):
+    class Line(CommitRule):
+        def __call__(self, step):
+            return answer(step)
+
+    with pytest.raises(ValueError, match=message):
+        random_model(0).generate(torch.tensor([[7, 8]]), max_new_tokens=4, commit_rule=Line())

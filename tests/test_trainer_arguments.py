@@ -216,6 +216,8 @@ def warnings_of_the_model():
 
 def test_a_plain_trainer_on_clean_tokens_is_warned_once(make_trainer, warnings_of_the_model):
     trainer = make_trainer(Trainer, arguments={"max_steps": 3, "per_device_train_batch_size": 2})
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: {name: x for name, x in collate(rows).items() if name != "is_prompt"}
     trainer.train()
     assert len(warnings_of_the_model) == 1 and "`illada.training.trainer" in warnings_of_the_model[0]
 

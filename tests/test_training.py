@@ -536,7 +536,7 @@ def test_the_command_trains_and_says_what_is_wrong(settings, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["illada", "train", "absent"])
     with pytest.raises(SystemExit) as exit:
         main()
-    assert exit.value.code == 1 and "`recipe` must be a YAML file or one of illada-tiny" in capsys.readouterr().err
+    assert exit.value.code == 2 and "must be a YAML file or one of illada-tiny" in capsys.readouterr().err
 
 
 def test_the_recipe_of_the_embedded_model_runs(tmp_path):
