@@ -164,6 +164,8 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
             raise ValueError(f"`streamer` must have the methods `put` and `end`, got {streamer!r}.")
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(f"`streamer` must be given with one prompt, got a batch of {len(input_ids)}.")
+        if generator is not None and config.seed is not None:
+            raise ValueError(f"At most one of `generator` and `seed` may be given, got a generator and {config.seed}.")
         criteria = self._prepare_stopping_criteria(config, stopping_criteria, tokenizer)
         denoiser = self._prepare_denoiser(config, logits_processor)
         min_new_tokens = max(config.min_new_tokens or 0, (config.min_length or 0) - input_ids.shape[1])

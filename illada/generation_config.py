@@ -243,7 +243,10 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What `generation_config.json` holds: the fields that are set and differ from Transformers' defaults."""
-        return {name: value for name, value in super().to_diff_dict().items() if value is not None}
+        fields = {name: value for name, value in super().to_diff_dict().items() if value is not None}
+        if isinstance(self.commit_rule, CommitRule):
+            fields["commit_rule"] = f"<{type(self.commit_rule).__name__}>"  # shown; saving refuses it
+        return fields
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -288,9 +291,12 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         check_choice("canvas", self.canvas, CANVASES)
         check_choice("block_cache", self.block_cache, BLOCK_CACHES)
         check_choice("remasking", self.remasking, tuple(RANKINGS))
-        if not isinstance(self.commit_rule, CommitRule):
-            names = tuple(name for name in COMMIT_RULES if name not in PARALLEL_RULES)
-            check_choice("commit_rule", self.commit_rule, names)
+        names = tuple(name for name in COMMIT_RULES if name not in PARALLEL_RULES)
+        if not (self.commit_rule is None or isinstance(self.commit_rule, CommitRule) or self.commit_rule in names):
+            raise ValueError(
+                f"`commit_rule` must be a `CommitRule` object or one of {', '.join(map(repr, names))}, "
+                f"got {self.commit_rule!r}."
+            )
         for name in ("confidence_threshold", "typical_p", "top_h"):
             check_number(name, getattr(self, name), "in (0, 1]", lambda value: 0 < value <= 1)
         for name in ("top_p", "min_p"):
@@ -341,6 +347,11 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
 
     def _check_for_saving(self):
         """Refuses what a file cannot give back."""
+        if isinstance(self.commit_rule, CommitRule):
+            raise ValueError(
+                f"`commit_rule` must be a name in a config that is saved, got a `{type(self.commit_rule).__name__}` "
+                "object: pass it to `generate`."
+            )
         if self.max_new_tokens == 0:
             raise ValueError(
                 "`max_new_tokens` must be positive in a config that is saved, got 0: pass it to `generate`, since "

@@ -9,7 +9,8 @@ import torch
 from tiny_models import EOS, MASK, PAD, TableModel, pad_left, prompt_of, random_model, table_of
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from illada.commit_rules import COMMIT_RULES, MAX_REMASKS, CommitRule, Decision
+from illada import MaskedDiffusionGenerationConfig
+from illada.commit_rules import COMMIT_RULES, MAX_REMASKS, CommitRule, ConfidenceThreshold, Decision
 from illada.rankings import RANKINGS
 
 A, B, C, D = 6, 7, 8, 9
@@ -253,3 +254,18 @@ def test_what_a_rule_returns_is_checked(answer, message):
 
     with pytest.raises(ValueError, match=message):
         random_model(0).generate(torch.tensor([[7, 8]]), max_new_tokens=4, commit_rule=Line())
+
+
+def test_a_rule_object_is_not_lost_on_saving(tmp_path):
+    for rule in (ConfidenceThreshold(0.7), Reconsider(0.1)):
+        config = MaskedDiffusionGenerationConfig(commit_rule=rule)
+        assert f"<{type(rule).__name__}>" in repr(config)
+        with pytest.raises(ValueError, match="`commit_rule` must be a name in a config that is saved, got a `"):
+            config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`commit_rule` must be a `CommitRule` object or one of 'quota', got 3"):
+        MaskedDiffusionGenerationConfig(commit_rule=3)
+
+
+def test_a_seed_and_a_generator_are_one_too_many():
+    with pytest.raises(ValueError, match="At most one of `generator` and `seed`"):
+        random_model(0).generate(torch.tensor([[7]]), max_new_tokens=2, seed=1, generator=torch.Generator())
