@@ -12,8 +12,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..conversion.formats import EMBEDDING, HEAD
 from ..conversion.planning import match_tensors
-from ..conversion.reading import FLOATING_DTYPES, CheckpointError, CheckpointTensors, TensorInfo
+from ..conversion.reading import FLOATING_DTYPES, CheckpointTensors, TensorInfo
 from ..text.loading import Checkpoint
+from ..text.whole_models import CheckpointError
 from .options import JsonFlag, ModelOption, ModelOptions
 
 

@@ -1,10 +1,9 @@
 """Release formats in and out, and checkpoints that are complete Hub repositories."""
 
+from ..text.whole_models import CheckpointError, load_whole_model
 from .adapters import convert_adapter
 from .converting import Conversion, convert
 from .exporting import export_to_hub_folder, push_to_hub
-from .loading import load_whole_model
-from .reading import CheckpointError
 
 __all__ = [
     "CheckpointError",

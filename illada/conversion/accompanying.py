@@ -7,7 +7,8 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from ..configuration_illada import ILLaDAConfig
-from .reading import CARRIED_FILES, read_json
+from ..text.whole_models import read_json
+from .reading import CARRIED_FILES
 from .writing import write_json
 
 

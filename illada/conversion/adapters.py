@@ -11,31 +11,15 @@ from transformers import PreTrainedModel
 
 from ..adapter_loading import fit_vocabulary, homeless_tensors, rename_adapter
 from ..llada_names import llada_name, standard_name
+from ..text.whole_models import ADAPTER_CONFIG, BASE_FIELD, CheckpointError, read_json
 from .accompanying import carry_over
-from .reading import CheckpointError, locate_checkpoint, read_json
+from .reading import locate_checkpoint
 from .writing import atomic_folder, refuse_overlap, write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-CONFIG, WEIGHTS, PICKLED_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-
-
-BASE_FIELD = "base_model_name_or_path"
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether `folder` contains an adapter, and no checkpoint of a model."""
-    return (folder / CONFIG).exists() and not (folder / "config.json").exists()
-
-
-def base_of(adapter: Path) -> str:
-    """The model on which an adapter was trained: a folder or a Hub id. Raises `ValueError` if it does not say."""
-    base = read_json(adapter / CONFIG).get(BASE_FIELD)
-    if not base:
-        raise ValueError(f"`{BASE_FIELD}` in {adapter / CONFIG} must name the base model.")
-    beside = adapter / base  # a folder may be named from the adapter's own
-    return str(beside if beside.is_dir() else base)
+WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 
 
 def convert_adapter(
@@ -74,7 +58,7 @@ def convert_adapter(
     with atomic_folder(Path(out), overwrite) as folder:
         renamed = {new_names[name]: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(renamed, folder / WEIGHTS, metadata={"format": "pt"})
-        write_json(folder / CONFIG, config | changes)
+        write_json(folder / ADAPTER_CONFIG, config | changes)
         carry_over(source, folder)
     return Path(out)
 
@@ -87,7 +71,7 @@ def read_adapter(folder: Path, allow_pickle: bool = False) -> tuple[dict, dict[s
         ValueError: if a file is damaged.
     """
     check_adapter(folder, allow_pickle)
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / ADAPTER_CONFIG)
     if not (folder / WEIGHTS).exists():
         return config, torch.load(folder / PICKLED_WEIGHTS, map_location="cpu", weights_only=True)
     try:
@@ -98,9 +82,9 @@ def read_adapter(folder: Path, allow_pickle: bool = False) -> tuple[dict, dict[s
 
 def check_adapter(folder: Path, allow_pickle: bool) -> None:
     """Raises what [`read_adapter`] and a merge raise, as far as that can be known without reading tensors."""
-    if not (folder / CONFIG).exists():
-        raise FileNotFoundError(f"`adapter` {str(folder)!r} contains no adapter: it has no {CONFIG}.")
-    read_json(folder / CONFIG)
+    if not (folder / ADAPTER_CONFIG).exists():
+        raise FileNotFoundError(f"`adapter` {str(folder)!r} contains no adapter: it has no {ADAPTER_CONFIG}.")
+    read_json(folder / ADAPTER_CONFIG)
     if not (folder / WEIGHTS).exists() and not (allow_pickle and (folder / PICKLED_WEIGHTS).exists()):
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}; `allow_pickle` reads pickled ones.")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
-from .reading import CheckpointTensors, read_json
+from ..text.whole_models import read_json
+from .reading import CheckpointTensors
 
 LICENSES_PAGE = "https://huggingface.co/docs/hub/repositories-licenses"
 LICENSES = """

@@ -6,9 +6,10 @@ from typing import Annotated
 from huggingface_hub import ModelCard
 from typer import Argument, Option, echo
 
+from ..text.whole_models import is_adapter
 from ..tiny import EMBEDDED_MODEL
 from . import converting, exporting
-from .adapters import convert_adapter, is_adapter
+from .adapters import convert_adapter
 from .converting import MAX_SHARD_SIZE
 from .reading import locate_checkpoint
 

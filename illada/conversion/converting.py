@@ -10,11 +10,11 @@ from ..configuration_illada import ILLaDAConfig
 from ..configuration_llada import LLaDAConfig
 from ..modeling_illada import ILLaDAForCausalLM
 from ..modeling_llada import LLaDAModelLM
+from ..text.whole_models import is_adapter, read_json
 from .accompanying import carry_over, declare_mask_token, write_generation_config
-from .adapters import is_adapter
 from .formats import Format, find_format, read_config, standard_config
 from .planning import DTYPES, Plan, make_plan
-from .reading import CheckpointTensors, ModelTensors, locate_checkpoint, read_json
+from .reading import CheckpointTensors, ModelTensors, locate_checkpoint
 from .verifying import verify_logits, verify_tensors
 from .writing import atomic_folder, refuse_overlap, write_json, write_weights
 

@@ -12,13 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..modeling_illada import ILLaDAForCausalLM
+from ..text.whole_models import ADAPTER_CONFIG, BASE_FIELD, base_of, is_adapter, load_whole_model, read_json
 from .accompanying import carry_over
-from .adapters import BASE_FIELD, CONFIG, base_of, check_adapter, is_adapter, require_peft, with_adapter
+from .adapters import check_adapter, require_peft, with_adapter
 from .card import check_license, license_of, write_card
 from .converting import MAX_SHARD_SIZE, complete, convert_weights, parse_dtype, parse_size, write_model
 from .formats import FORMATS, read_config
-from .loading import load_whole_model
-from .reading import CARRIED_FILES, TOKENIZER_FILES, ModelTensors, locate_checkpoint, read_json
+from .reading import CARRIED_FILES, TOKENIZER_FILES, ModelTensors, locate_checkpoint
 from .writing import atomic_folder, refuse_overlap, write_json
 
 if TYPE_CHECKING:
@@ -163,7 +163,9 @@ def _locate(
     if not (folder / "config.json").exists() and not is_adapter(folder):
         if (last := get_last_checkpoint(folder)) is not None:
             return _locate(last, adapter, revision, allow_pickle)
-        raise FileNotFoundError(f"`source` {str(source)!r} contains no checkpoint: neither config.json nor {CONFIG}.")
+        raise FileNotFoundError(
+            f"`source` {str(source)!r} contains no checkpoint: neither config.json nor {ADAPTER_CONFIG}."
+        )
     if is_adapter(folder) and adapter is None:
         return locate_checkpoint(base_of(folder), allow_pickle=allow_pickle, argument=BASE_FIELD), folder
     if is_adapter(folder):

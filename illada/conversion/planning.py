@@ -8,8 +8,9 @@ from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from ..configuration_illada import ILLaDAConfig
 from ..llada_names import standard_name
 from ..modeling_illada import ILLaDAForCausalLM
+from ..text.whole_models import CheckpointError
 from .formats import EMBEDDING, HEAD, Format
-from .reading import FLOATING_DTYPES, CheckpointError, CheckpointTensors, ModelTensors, TensorInfo
+from .reading import FLOATING_DTYPES, CheckpointTensors, ModelTensors, TensorInfo
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING_DTYPES.values()}
 

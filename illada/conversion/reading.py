@@ -1,6 +1,5 @@
 """Checkpoints as they lie on disk or in a model: what they hold is known first, tensors are read one at a time."""
 
-import json
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,11 +9,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from ..tiny import EMBEDDED_MODEL
+from ..text.loading import locate
+from ..text.whole_models import CheckpointError, read_json
 
 FLOATING_DTYPES = {
     "F64": torch.float64,
@@ -34,30 +34,6 @@ TOKENIZER_FILES = (
 )
 # What travels with the weights. Code does not: the formats written here need none, or bring their own.
 CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "README.md", "LICENSE*", "NOTICE*")
-
-
-NAMES_LISTED = 10  # of each kind of problem, in a message
-
-
-class CheckpointError(ValueError):
-    """A checkpoint whose tensors are not what its index and configuration say.
-
-    The message lists the first ten tensors of each kind, `problems` all of them.
-
-    Attributes:
-        problems (`dict[str, list[str]]`): kind of problem (`"missing"`, `"extra"`, `"misshapen"`, `"duplicate"`,
-            `"wrong dtype"`, `"not finite"` ...) to the tensors that have it, by name.
-    """
-
-    def __init__(self, where: str, problems: dict[str, list[str]]):
-        self.problems = {kind: names for kind, names in problems.items() if names}
-        listed = "; ".join(f"{kind}: {_enumerate(names)}" for kind, names in self.problems.items())
-        super().__init__(f"The tensors of {where} do not fit: {listed}.")
-
-
-def _enumerate(names: list[str]) -> str:
-    left_off = len(names) - NAMES_LISTED
-    return ", ".join(names[:NAMES_LISTED]) + (f" and {left_off} more" if left_off > 0 else "")
 
 
 @dataclass(frozen=True)
@@ -161,31 +137,17 @@ def locate_checkpoint(
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    if str(source) == EMBEDDED_MODEL.name:
-        return EMBEDDED_MODEL
+    place = locate(source, argument)
+    if Path(place).is_dir():
+        return Path(place)
     wanted = ["*.json", "*.safetensors", *CARRIED_FILES, *(["*.bin"] if allow_pickle else [])]
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
-    except HFValidationError:
-        raise ValueError(f"`{argument}` must be a folder or a Hub id, got {str(source)!r}.") from None
+        return Path(snapshot_download(place, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise OSError(
             f"`{argument}` {str(source)!r} is no folder here and could not be downloaded: {reason}"
         ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `FileNotFoundError`, or `ValueError` if it holds anything else."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} is no checkpoint: it has no {path.name}.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
-    return content
 
 
 def _locate_weights(folder: Path, allow_pickle: bool) -> tuple[list[Path], dict[str, str] | None]:

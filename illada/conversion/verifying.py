@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
 from ..configuration_illada import ILLaDAConfig
+from ..text.whole_models import CheckpointError
 from .planning import Plan, expected_shapes
-from .reading import CheckpointError, CheckpointTensors, ModelTensors
+from .reading import CheckpointTensors, ModelTensors
 
 
 def verify_tensors(folder: Path, plan: Plan, source: CheckpointTensors | ModelTensors) -> None:

@@ -14,8 +14,9 @@ from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..text.whole_models import CheckpointError
 from .planning import Plan
-from .reading import CheckpointError, CheckpointTensors, ModelTensors
+from .reading import CheckpointTensors, ModelTensors
 
 
 @contextmanager

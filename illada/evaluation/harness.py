@@ -24,8 +24,8 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from ..conversion.adapters import with_adapter
-from ..conversion.loading import load_whole_model
 from ..conversion.reading import locate_checkpoint
+from ..text.whole_models import load_whole_model
 from ..tiny import EMBEDDED_MODEL
 from .confidence import confidence_score, is_greedy
 from .harness_arguments import Score, check_generation_arguments, check_model_arguments

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -18,15 +19,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..conversion.loading import load_whole_model
-from ..conversion.reading import CheckpointError
 from ..generation import MaskedDiffusionGenerationMixin
 from ..generation_config import MaskedDiffusionGenerationConfig
 from ..tiny import EMBEDDED_MODEL
+from .whole_models import ADAPTER_CONFIG, BASE_FIELD, base_of, load_whole_model, refuse_problems
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 HUB_ID = re.compile(r"[\w.-]*\w(/[\w.-]*\w)?")
-ADAPTER_CONFIG = "adapter_config.json"
 CHECKPOINT_FILES = ("config.json", ADAPTER_CONFIG)
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
@@ -51,9 +50,8 @@ def locate(source: str | Path | None, argument: str = "model", files: tuple[str,
     if str(source) == EMBEDDED_MODEL.name:
         return str(EMBEDDED_MODEL)
     if folder.exists() or not HUB_ID.fullmatch(str(source)):
-        raise ValueError(
-            f"`{argument}` must be a checkpoint folder or a Hub id, got {str(source)!r}: no {files[0]} there."
-        )
+        reason = f"no {files[0]} there" if folder.exists() else "no such folder"
+        raise ValueError(f"`{argument}` must be a folder or a Hub id, got {str(source)!r}: {reason}.")
     return str(source)
 
 
@@ -127,7 +125,7 @@ class Checkpoint:
         try:
             model = load_whole_model(self.place, **settings)
             if self.adapter is not None:
-                _check_adapter(self.adapter, model.load_adapter(self.adapter))
+                refuse_problems(self.adapter, model.load_adapter(self.adapter).to_dict())
         except SafetensorError as error:
             raise ValueError(f"A safetensors file of {self.adapter or self.place!r} is damaged: {error}.") from error
         return (model if device is None else model.to(device)).eval()
@@ -141,12 +139,6 @@ def _find(place: str, file: str) -> Path | None:
         return Path(hf_hub_download(place, file))
     except EntryNotFoundError:
         return None
-
-
-def _check_adapter(where: str, report):
-    problems = {"missing": sorted(report.missing_keys), "extra": sorted(report.unexpected_keys)}
-    if any(problems.values()):
-        raise CheckpointError(where, problems)
 
 
 def open_checkpoint(source: str | Path | None = None, argument: str = "model") -> Checkpoint:
@@ -165,15 +157,9 @@ def open_checkpoint(source: str | Path | None = None, argument: str = "model") -
     adapter_config = _find(place, ADAPTER_CONFIG)
     if adapter_config is None or _find(place, "config.json") is not None:
         return _checked(Checkpoint(place, None, argument))
-    try:
-        from peft import PeftConfig
-    except ImportError:
-        raise ImportError(f"`{argument}` {place!r} is an adapter, which needs peft: `pip install peft`.") from None
-    base = PeftConfig.from_pretrained(place).base_model_name_or_path
-    if not base:
-        raise ValueError(f"`base_model_name_or_path` in {adapter_config} must name the base model, got {base!r}.")
-    beside = Path(place, base)  # a folder may be named from the adapter's own
-    base = locate(beside if beside.is_dir() else base, "base_model_name_or_path")
+    if find_spec("peft") is None:
+        raise ImportError(f"`{argument}` {place!r} is an adapter, which needs peft: `pip install peft`.")
+    base = locate(base_of(adapter_config.parent), BASE_FIELD)
     return _checked(Checkpoint(base, place, argument))
 
 

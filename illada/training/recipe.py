@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from ..configuration_illada import ILLaDAConfig
-from ..conversion.loading import load_whole_model
 from ..modeling_illada import ILLaDAForCausalLM
 from ..text.loading import TOKENIZER_FILES, locate
+from ..text.whole_models import load_whole_model
 from ..tiny.corpus import FAMILIES, held_out_examples
 from ..tiny.tokenizer import train_tokenizer
 from . import data, records
