@@ -81,6 +81,7 @@ BAD_ARGUMENTS = {
     "no adapter": ({"adapter": release("illada")}, FileNotFoundError, "`adapter` .* contains no adapter"),
     "not cached": ({"adapter": "user/absent"}, OSError, "`adapter` 'user/absent' is no folder here"),
     "source": ({"source": "no/such/folder"}, ValueError, "`source` must be a folder or a Hub id, got 'no/such"),
+    "hub id": ({"source": "a..b/c"}, ValueError, "`source` must be a folder or a Hub id, got 'a..b/c'"),
 }
 
 

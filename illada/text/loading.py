@@ -25,7 +25,7 @@ from ..tiny import EMBEDDED_MODEL
 from .whole_models import ADAPTER_CONFIG, BASE_FIELD, base_of, load_whole_model, refuse_problems
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-HUB_ID = re.compile(r"[\w.-]*\w(/[\w.-]*\w)?")
+HUB_ID = re.compile(r"(?!.*(--|\.\.))[\w.-]*\w(/[\w.-]*\w)?")
 CHECKPOINT_FILES = ("config.json", ADAPTER_CONFIG)
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
