@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,6 +50,10 @@ class RequestOutput(GenerationOutput):
     exception: Exception | None = None
 
 
+class QueueFull(RuntimeError):
+    """More requests are waiting than a manager's `max_queue_size` allows."""
+
+
 @dataclass(eq=False)
 class _Ticket:
     """A request under its id, and what its results are made of. It is the streamer of its request."""
@@ -60,8 +64,7 @@ class _Ticket:
     is_streaming: bool
     timestamps: list[float] | None
     return_logprobs: bool
-    request: Request = field(init=False)
-    num_settled: int = 0
+    request: Request
 
     def put(self, tokens: torch.LongTensor):
         """Called with the prompt, and then with each piece that will not change any more."""
@@ -131,7 +134,8 @@ class ContinuousBatchingManager:
         self._denoisers: dict[str, Denoiser] = {}
         self._counter = itertools.count()
         self._tickets: dict[str, _Ticket] = {}
-        self._arrivals: deque[Callable[[], None]] = deque()
+        self._arrivals: list[Request] = []
+        self._cancelled: set[Request] = set()
         self._results: deque[RequestOutput] = deque()
         self._handlers: dict[str, tuple[Callable, asyncio.AbstractEventLoop]] = {}
         self._changed, self._pass_lock = threading.Condition(), threading.Lock()
@@ -169,10 +173,47 @@ class ContinuousBatchingManager:
 
         Raises:
             ValueError: if an argument is bad, or the request would not fit by itself; nothing is queued then.
-            RuntimeError: if the manager is stopping, or its queue is full.
+            QueueFull: if too many are waiting.
+            RuntimeError: if the manager is stopping.
         """
-        settings |= {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}
-        settings = {name: value for name, value in settings.items() if value is not None}
+        own = {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}
+        settings |= {name: value for name, value in own.items() if value is not None}
+        requests = self.prepare(input_ids, tokenizer, logits_processor, stopping_criteria, on_step, **settings)
+        request_id = f"req_{next(self._counter)}" if request_id is None else request_id
+        names = [*(f"{request_id}__child#{index}" for index in range(len(requests) - 1)), request_id]
+        tickets = []
+        for name, request in zip(names, requests, strict=True):
+            now = time.perf_counter()
+            output = RequestOutput(name, prompt_ids=request.prompt.tolist(), created_time=now, lifespan=(now, -1))
+            timestamps = [] if record_timestamps else None
+            ticket = _Ticket(name, self._deliver, output, streaming, timestamps, self.config.return_logprobs, request)
+            request.streamer = ticket if streaming or record_timestamps else None
+            request.on_done = self._on_done(ticket)
+            tickets.append(ticket)
+        with self._changed:
+            for name in names:
+                if name in self._tickets:
+                    raise ValueError(f"`request_id` must be unique, got {name!r}, which is in line.")
+            self.submit(requests)
+            self._tickets |= {ticket.request_id: ticket for ticket in tickets}
+        return request_id
+
+    def prepare(
+        self,
+        input_ids: list[int],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        on_step: Callable | None = None,
+        **settings: Any,
+    ) -> list[Request]:
+        """The requests of a prompt, checked and not in line yet: `num_return_sequences` of them, as in `generate`.
+
+        Whoever hands them to [`submit`] sets their `on_done`, which is called in the manager's thread.
+
+        Raises:
+            ValueError: if an argument is bad, or a request would not fit by itself.
+        """
         config = self.model._prepare_settings(self.generation_config, settings)
         if config.mask_token_id != self.mask_token_id:
             own = self.mask_token_id
@@ -182,34 +223,53 @@ class ContinuousBatchingManager:
         budget = prepare_max_new_tokens(prompt, mask, config, self.model.config.max_position_embeddings)
         denoiser = self._denoiser(config, settings, logits_processor)
         criteria = self.model._prepare_stopping_criteria(config, stopping_criteria, tokenizer)
-        request_id = f"req_{next(self._counter)}" if request_id is None else request_id
-        count = config.num_return_sequences or 1
-        names = [*(f"{request_id}__child#{index}" for index in range(count - 1)), request_id]
         seed = torch.randint(2**62, (), generator=self._seeds).item() if config.seed is None else config.seed
-        tickets = []
-        for index, name in enumerate(names):
-            output = RequestOutput(name, prompt_ids=prompt[0].tolist(), created_time=time.perf_counter())
-            ticket = _Ticket(
-                name, self._deliver, output, streaming, [] if record_timestamps else None, self.config.return_logprobs
-            )
+        requests = []
+        for index in range(config.num_return_sequences or 1):
             generator = None
             if denoiser.is_random:
                 generator = torch.Generator(self.model._execution_device).manual_seed(seed + index)
-            ticket.request = Request(
+            request = Request(
                 prompt=prompt[0],
                 max_new_tokens=budget,
                 min_new_tokens=max(config.min_new_tokens or 0, (config.min_length or 0) - prompt.shape[1]),
                 denoiser=denoiser,
                 generator=generator,
                 stopping_criteria=criteria,
-                streamer=ticket if streaming or record_timestamps else None,
                 on_step=on_step,
-                on_done=self._on_done(ticket),
             )
-            self.engine.check(ticket.request)
-            tickets.append(ticket)
-        self._enqueue(tickets)
-        return request_id
+            self.engine.check(request)
+            requests.append(request)
+        return requests
+
+    def submit(self, requests: list[Request]):
+        """Puts all of these requests in line, or none.
+
+        Raises:
+            QueueFull: if they do not fit among those that wait.
+            RuntimeError: if the manager is stopping, or its thread has failed.
+        """
+        with self._changed:
+            if self._stopping is not None or self.background_thread_status.fatal_error is not None:
+                raise RuntimeError("The manager is stopping and takes no more requests.")
+            limit = self.config.max_queue_size
+            if limit and self.num_waiting + len(requests) > limit:
+                raise QueueFull(f"`max_queue_size`={limit} requests may wait, and {self.num_waiting} do already.")
+            self._arrivals += requests
+            self._changed.notify_all()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in line that are not in a row yet; those that arrive during a pass wait for the next."""
+        with self._changed:
+            return len({*self._arrivals, *self.engine.waiting.copy()} - self._cancelled)
+
+    def cancel(self, requests: list[Request]):
+        """Ends these requests before the next pass, and their rows are free for it. `on_done` is not called, unless a
+        request is done in the pass under way."""
+        with self._changed:
+            self._cancelled.update(requests)
+            self._changed.notify_all()
 
     def add_requests(
         self,
@@ -225,22 +285,18 @@ class ContinuousBatchingManager:
 
     def cancel_request(self, request_id: str):
         """Ends a request before its next pass. No result is delivered, and an id that is not known is no error."""
-
-        def cancel():
-            ticket = self._tickets.pop(request_id, None)
-            if ticket is not None:
-                self.engine.cancel(ticket.request)
-
         with self._changed:
-            self._arrivals.append(cancel)
+            ticket = self._tickets.pop(request_id, None)
             self._handlers.pop(request_id, None)
-            self._changed.notify_all()
+            if ticket is not None:
+                self.cancel([ticket.request])
 
     def _denoiser(self, config, settings: dict, logits_processor) -> Denoiser:
         """Requests of equal settings share a denoiser, and are decided together."""
         if logits_processor is not None:
             return self.model._prepare_denoiser(config, logits_processor)
-        own = ("max_new_tokens", "max_length", "seed", "min_new_tokens", "min_length", "stop_strings")
+        lengths = {"max_new_tokens", "max_length", "min_new_tokens", "min_length"}
+        own = {*lengths, "seed", "stop_strings", "num_return_sequences"}
         key = repr(sorted((name, repr(value)) for name, value in settings.items() if name not in own))
         with self._changed:
             denoiser = self._denoisers.pop(key, None) or self.model._prepare_denoiser(config, None)
@@ -249,30 +305,14 @@ class ContinuousBatchingManager:
                 del self._denoisers[next(iter(self._denoisers))]
         return denoiser
 
-    def _enqueue(self, tickets: list[_Ticket]):
-        def admit():
-            for ticket in tickets:
-                ticket.output.lifespan = (time.perf_counter(), -1)
-                self.engine.add(ticket.request)
-
-        with self._changed:
-            if self._stopping is not None:
-                raise RuntimeError("The manager is stopping and takes no more requests.")
-            limit = self.config.max_queue_size
-            if limit and len(self.engine.waiting) + len(tickets) > limit:
-                raise RuntimeError(f"`max_queue_size`={limit} requests are waiting already.")
-            for ticket in tickets:
-                if ticket.request_id in self._tickets:
-                    raise ValueError(f"`request_id` must be unique, got {ticket.request_id!r}, which is in line.")
-            self._tickets |= {ticket.request_id: ticket for ticket in tickets}
-            self._arrivals.append(admit)
-            self._changed.notify_all()
-
     # Results
 
     def _on_done(self, ticket: _Ticket) -> Callable[[Request], None]:
         def on_done(request: Request):
-            self._tickets.pop(ticket.request_id, None)
+            with self._changed:
+                if self._tickets.get(ticket.request_id) is not ticket:
+                    return  # cancelled
+                del self._tickets[ticket.request_id]
             ticket.finish(request)
 
         return on_done
@@ -387,11 +427,14 @@ class ContinuousBatchingManager:
 
     def _step(self) -> bool:
         """Takes in what has arrived, and makes one pass. Returns whether there is more to do."""
-        with self._changed:
-            arrivals, self._arrivals = self._arrivals, deque()
         with self._pass_lock:
-            for arrive in arrivals:
-                arrive()
+            with self._changed:
+                arrivals, self._arrivals = self._arrivals, []
+                cancelled, self._cancelled = self._cancelled, set()
+                for request in arrivals:
+                    self.engine.add(request)
+            for request in cancelled:
+                self.engine.cancel(request)
             return self.engine.step() or bool(self._arrivals)
 
     def _run(self):
@@ -401,7 +444,7 @@ class ContinuousBatchingManager:
                     with self._changed:
                         if self._stopping is not None and not self._arrivals:
                             break
-                        self._changed.wait_for(lambda: self._arrivals or self._stopping is not None)
+                        self._changed.wait_for(lambda: self._arrivals or self._cancelled or self._stopping is not None)
         except BaseException as error:
             logger.error(f"The manager's thread ended: {error!r}")
             self.background_thread_status.fatal_error = error
@@ -410,13 +453,17 @@ class ContinuousBatchingManager:
 
     def _fail_the_rest(self):
         reason = self.background_thread_status.fatal_error or RuntimeError("The manager was stopped.")
-        for ticket in list(self._tickets.values()):
-            self.engine.cancel(ticket.request)
-            ticket.request.error = reason
-            ticket.finish(ticket.request)
-        self._tickets.clear()
         with self._changed:
-            self._arrivals.clear()
+            requests = [*self.engine.active.values(), *self.engine.waiting, *self._arrivals]
+            failed = [request for request in requests if request not in self._cancelled]
+            self._arrivals, self._cancelled = [], set()
+        for request in requests:
+            self.engine.cancel(request)
+        for request in failed:
+            request.error = reason
+            if request.on_done is not None:
+                request.on_done(request)
+        with self._changed:
             self._changed.notify_all()
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import socket
 import threading
 import time
@@ -60,13 +61,13 @@ class Caller:
 class ThreadServer(Caller):
     """A context manager: the application for a model, served from a thread."""
 
-    def __init__(self, model, tokenizer, max_waiting: int = 256, **options):
+    def __init__(self, model, tokenizer, limits: dict | None = None, **options):
         import uvicorn
 
         from illada.serving.app import ServerOptions, build_app
         from illada.serving.worker import Worker
 
-        self.worker = Worker(model, max_waiting)
+        self.worker = Worker(model, **(limits or {}))
         app = build_app(self.worker, tokenizer, "illada-tiny", ServerOptions(**options))
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
         self.thread = threading.Thread(target=self.server.run)
@@ -83,19 +84,25 @@ class ThreadServer(Caller):
 
 
 class Gate:
-    """A hook before a model's forward pass: counts the passes, and holds them while it is closed."""
+    """A hook before a model's forward pass: counts the passes since it was closed, and holds those after `limit`."""
 
     def __init__(self, model):
-        self.num_passes, self.open = 0, threading.Event()
-        self.open.set()
-        self.num_arrived = 0
-        self.handle = model.register_forward_pre_hook(self)
+        self.changed = threading.Condition()
+        self.num_arrived, self.num_passes, self.limit = 0, 0, math.inf
+        model.register_forward_pre_hook(self)
 
     def __call__(self, module, arguments):
-        self.num_arrived += 1
-        assert self.open.wait(120), "the gate stays closed"
-        self.num_passes += 1
+        with self.changed:
+            self.num_arrived += 1
+            assert self.changed.wait_for(lambda: self.num_passes < self.limit, 120), "the gate stays closed"
+            self.num_passes += 1
 
     def close(self):
-        self.open.clear()
-        self.num_arrived = self.num_passes = 0
+        with self.changed:
+            self.num_arrived, self.num_passes, self.limit = 0, 0, 0
+
+    def open(self, limit: float = math.inf):
+        """Lets passes through until there were `limit` since the gate was closed."""
+        with self.changed:
+            self.limit = limit
+            self.changed.notify_all()

@@ -1,5 +1,6 @@
 """`illada serve`: OpenAI's interface on a real socket, asked by the `openai` client and by clients that misbehave."""
 
+import functools
 import json
 import os
 import signal
@@ -53,7 +54,7 @@ def closed(gate):
     """The gate, closed until the test opens it; it is open afterwards."""
     gate.close()
     yield gate
-    gate.open.set()
+    gate.open()
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +281,8 @@ def test_a_seed_is_kept_whoever_else_is_served(server, generated):
         for n in range(24)
     ]
     assert answers == expected and len(set(expected)) > 5
-    assert len({ask(server, QUESTIONS[0], **settings) for _ in range(3)}) > 1  # without a seed, fresh noise
+    fresh = {ask(server, QUESTIONS[0], temperature=50, max_tokens=8) for _ in range(3)}
+    assert len(fresh) == 3  # without a seed, fresh noise
 
 
 def test_a_checkpoint_decides_whether_it_samples(server, generated):
@@ -313,41 +315,176 @@ def test_health_answers_while_the_model_is_at_work(server, closed, generated):
         assert server.get("/health")[:2] == (200, '{"status":"ok"}')
         assert server.get("/v1/models")[0] == 200
         assert not pending.done()
-        closed.open.set()
+        closed.open()
         pending.result()
     # Nothing was decoded twice, as a check or otherwise.
     assert closed.num_passes == int(generated(BLANK, max_new_tokens=8)[1].num_forward_passes[0])
 
 
+def wait_for_line(server, gate, num_waiting: int):
+    """Returns when a pass is held and so many requests wait for the next."""
+    manager = server.worker.manager
+    wait_until(lambda: gate.num_arrived == 1 and manager.num_waiting == num_waiting, "the requests do not arrive")
+
+
+def test_texts_are_written_together(server, closed, generated):
+    """One begins; three that arrive in its first pass join at the second, each with settings of its own."""
+    settings = [
+        {"max_tokens": 60},
+        {"max_tokens": 8, "temperature": 2.0, "seed": 3},
+        {"max_tokens": 9, "extra_body": {"block_cache": None, "confidence_threshold": 0.9}},
+        {"max_tokens": 7, "stream": True, "extra_body": {"block_length": 4}},
+    ]
+    manager = server.worker.manager
+    passes, row_passes = manager.engine.num_passes, manager.engine.num_row_passes
+    with ThreadPoolExecutor(4) as pool:
+        pending = []
+        for number, own in enumerate(settings):
+            pending.append(pool.submit(ask, server, QUESTIONS[number], **own))
+            wait_for_line(server, closed, number)
+        closed.open()
+        answers = [request.result() for request in pending]
+    expected = [
+        generated(user(QUESTIONS[0]), max_new_tokens=60),
+        generated(user(QUESTIONS[1]), 3, max_new_tokens=8, do_sample=True, temperature=2.0),
+        generated(user(QUESTIONS[2]), max_new_tokens=9, confidence_threshold=0.9),
+        generated(user(QUESTIONS[3]), max_new_tokens=7, block_length=4),
+    ]
+    assert answers == [answer for answer, _ in expected]
+    first, *others = (int(output.num_forward_passes[0]) for _, output in expected)
+    assert manager.engine.num_passes - passes == closed.num_passes == max(first, 1 + max(others))
+    assert manager.engine.num_row_passes - row_passes == first + sum(others)
+
+
+def test_a_short_answer_does_not_wait_for_a_long_one(server, closed, generated):
+    short, output = generated(user(QUESTIONS[1]), max_new_tokens=4)
+    passes = 1 + int(output.num_forward_passes[0])  # the long one's first, and the short one's
+    assert int(generated("Today", max_new_tokens=60)[1].num_forward_passes[0]) > passes + 1
+    with ThreadPoolExecutor(2) as pool:
+        long = pool.submit(complete, server, "Today", max_tokens=60)
+        wait_for_line(server, closed, 0)
+        pending = pool.submit(ask, server, QUESTIONS[1], max_tokens=4)
+        wait_for_line(server, closed, 1)
+        closed.open(passes)
+        assert pending.result(60) == short
+        assert not long.done()  # its next pass is held
+        closed.open()
+        assert long.result(60) == generated("Today", max_new_tokens=60)[0]
+
+
 @BOTH
-def test_clients_that_hang_up_free_their_work(server, closed, generated, stream):
+def test_clients_that_hang_up_free_their_rows(model, gate, tokenizer, closed, generated, stream):
+    """Of four clients one has the only row and three wait; the row is free at the pass after they are gone."""
     body = {"model": NAME, "messages": user(QUESTIONS[0]), "max_tokens": 64, "stream": stream}
-    quitters = [server.connect(body) for _ in range(4)]
-    worker = server.worker
-    wait_until(lambda: closed.num_arrived == 1 and len(worker._waiting) == 3, "the requests do not arrive")
-    requests = [worker._running, *worker._waiting]
-    for connection in quitters:
-        connection.close()
-    wait_until(lambda: all(request.is_cancelled.is_set() for request in requests), "the server does not notice")
-    closed.open.set()
-    answer, output = generated(user(QUESTIONS[1]), max_new_tokens=1)
-    assert ask(server, QUESTIONS[1], max_tokens=1) == answer
-    assert closed.num_passes == 1 + int(output.num_forward_passes[0])  # the first quitter's pass had begun
+    with ThreadServer(model, tokenizer, {"max_rows": 1}) as server, ThreadPoolExecutor(1) as pool:
+        quitters = [server.connect(body) for _ in range(4)]
+        manager = server.worker.manager
+        wait_for_line(server, closed, 3)
+        pending = pool.submit(ask, server, QUESTIONS[1], max_tokens=1)
+        wait_for_line(server, closed, 4)
+        for connection in quitters:
+            connection.close()
+        wait_until(lambda: len(manager._cancelled) == 4, "the server does not notice")
+        assert manager.num_waiting == 1  # who has gone takes no place in the queue
+        closed.open()
+        answer, output = generated(user(QUESTIONS[1]), max_new_tokens=1)
+        assert pending.result() == answer
+        assert closed.num_passes == 1 + int(output.num_forward_passes[0])  # the first quitter's pass had begun
 
 
 def test_a_full_queue_is_a_429(model, gate, tokenizer, closed):
-    with ThreadServer(model, tokenizer, max_waiting=2) as server, ThreadPoolExecutor(3) as pool:
+    with ThreadServer(model, tokenizer, {"max_rows": 1, "max_waiting": 2}) as server, ThreadPoolExecutor(3) as pool:
         running = pool.submit(ask, server, QUESTIONS[0], max_tokens=2)
-        wait_until(lambda: closed.num_arrived == 1, "the request does not begin")
+        wait_for_line(server, closed, 0)
         waiting = [pool.submit(ask, server, QUESTIONS[1], max_tokens=2) for _ in range(2)]
-        wait_until(lambda: len(server.worker._waiting) == 2, "the requests do not wait")
+        wait_for_line(server, closed, 2)
         status, text, headers = server.post({"messages": user("hello")})
         assert status == 429 and int(headers["retry-after"]) > 0
         assert json.loads(text)["error"]["type"] == "rate_limit_error"
         status, text, _ = server.post({"messages": user("hello"), "n": 3})
         assert status == 400 and "at most 2 texts, got 3" in text
-        closed.open.set()
+        closed.open()
         assert running.result() and len({answer.result() for answer in waiting}) == 1
+
+
+def test_a_limit_on_tokens_in_flight(model, gate, tokenizer, closed, generated):
+    """48 tokens: two rows of at most 24, or one of 48, prompts included."""
+    with ThreadServer(model, tokenizer, {"max_tokens": 48}) as server, ThreadPoolExecutor(3) as pool:
+        length = len(tokenizer("Today Tom has")["input_ids"])
+        with pytest.raises(openai.BadRequestError, match="this server takes 48 tokens at a time"):
+            complete(server, "Today Tom has", max_tokens=49 - length)
+        pending = [pool.submit(complete, server, "Today Tom has", max_tokens=24 - length)]
+        wait_for_line(server, closed, 0)
+        for number in (1, 2):
+            pending.append(pool.submit(complete, server, "Today Tom has", max_tokens=24 - length))
+            wait_for_line(server, closed, number)
+        closed.open(1)
+        wait_until(lambda: closed.num_arrived == 2, "there is no second pass")
+        assert len(server.worker.manager.engine.active) == 2 and server.worker.manager.num_waiting == 1
+        closed.open()
+        answer, _ = generated("Today Tom has", max_new_tokens=24 - length)
+        assert [request.result() for request in pending] == [answer] * 3
+        # Without a budget of its own, a request may have what fits.
+        assert complete(server, "Today Tom has") == generated("Today Tom has", max_new_tokens=48 - length)[0]
+
+
+def test_a_request_fails_alone(model, tokenizer, generated):
+    """The listener of one of three raises at its second call; the others are written beside it."""
+    from illada.serving.worker import Progress, Worker
+
+    worker = Worker(model)
+    ids = tokenizer("Today Tom has")["input_ids"]
+    requests = worker.prepare(ids, {"max_new_tokens": 6}, len(ids), count=3)
+    heard: list[list[Progress]] = [[], [], []]
+
+    def listen(number: int, progress: Progress):
+        heard[number].append(progress)
+        if number == 1 and len(heard[1]) == 2:
+            raise ArithmeticError("a fault")
+
+    for number, request in enumerate(requests):
+        request.listener = functools.partial(listen, number)
+    worker.submit(requests)
+    wait_until(lambda: all(reports and reports[-1].is_finished for reports in heard), "they do not finish")
+    worker.close()
+    assert not worker.is_alive
+    assert len(heard[1]) == 3 and isinstance(heard[1][-1].error, ArithmeticError)
+    answer, output = generated("Today Tom has", max_new_tokens=6)
+    for reports in (heard[0], heard[2]):
+        tokens = [token for progress in reports for token in progress.new_tokens]
+        assert tokens == output.sequences[0, len(ids) :].tolist()
+        assert reports[-1].num_passes == int(output.num_forward_passes[0]) and reports[-1].error is None
+
+
+def test_tokens_of_a_rule_that_masks_again_are_reported_when_they_are_settled(model, tokenizer):
+    from illada.commit_rules import COMMIT_RULES, CommitRule, Decision
+    from illada.serving.worker import Progress, Worker
+
+    class Doubtful(CommitRule):
+        """Commits the whole block, and masks each token of it again once."""
+
+        may_remask = True
+
+        def __call__(self, step) -> Decision:
+            return Decision(step.masked, step.predicted & ~step.masked)
+
+    COMMIT_RULES["doubtful"] = Doubtful
+    worker = Worker(model)
+    try:
+        ids = tokenizer("Today Tom has")["input_ids"]
+        settings = {"max_new_tokens": 12, "block_length": 4, "commit_rule": "doubtful"}
+        [request] = worker.prepare(ids, settings, len(ids))
+        heard: list[Progress] = []
+        request.listener = heard.append
+        worker.submit([request])
+        wait_until(lambda: heard and heard[-1].is_finished, "it does not finish")
+        assert heard[-1].error is None
+        tokens = [token for progress in heard for token in progress.new_tokens]
+        assert tokens == model.generate(torch.tensor([ids]), **settings)[0, len(ids) :].tolist()
+        assert len(heard) > 3
+    finally:
+        del COMMIT_RULES["doubtful"]
+        worker.close()
 
 
 @BOTH
@@ -369,7 +506,7 @@ def test_a_request_that_takes_too_long_is_given_up(model, gate, tokenizer, close
     with ThreadServer(model, tokenizer, timeout=0.01) as server:
         status, text, _ = server.post({"messages": user("hello")})
         assert status == 504 and "0.01 seconds" in json.loads(text)["error"]["message"]
-        closed.open.set()
+        closed.open()
 
 
 def test_an_api_key(model, tokenizer):
@@ -492,7 +629,18 @@ def test_texts_of_characters_that_take_several_tokens():
 
 def test_options_are_listed_and_unknown_ones_refused():
     help_text = CliRunner().invoke(command, ["serve", "--help"], env={"COLUMNS": "200"}).output
-    for option in ("--model", "--host", "--port", "--device", "--dtype", "--preset", "--api-key", "--max-waiting"):
+    for option in (
+        "--model",
+        "--host",
+        "--port",
+        "--device",
+        "--dtype",
+        "--preset",
+        "--api-key",
+        "--max-waiting",
+        "--max-rows",
+        "--max-tokens",
+    ):
         assert option in help_text
     for options in (["--continuous-batching"], ["--compile"], ["--port", "99999"], ["--port", "0"]):
         result = CliRunner().invoke(command, ["serve", *options])

@@ -28,6 +28,15 @@ def serve(
         str | None,
         typer.Option(help="Key that clients must send.", envvar="ILLADA_API_KEY", show_default="none"),
     ] = None,
+    max_rows: Annotated[int, typer.Option(help="Texts that are written at a time.", min=1)] = 8,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Limit on the tokens in flight: rows times the longest text, prompt included.",
+            min=1,
+            show_default="none",
+        ),
+    ] = None,
     max_waiting: Annotated[int, typer.Option(help="Texts that may wait; further ones get a 429.", min=1)] = 256,
     timeout: Annotated[
         float | None, typer.Option(help="Seconds after which a request is given up.", min=0.1, show_default="none")
@@ -62,6 +71,6 @@ def serve(
     model.generation_config = MaskedDiffusionGenerationConfig.merged(model.generation_config, None, **settings)
     options = ServerOptions(api_key, timeout, max_body_kib * 1024, allow_origin or [])
     name = name or checkpoint.name
-    app = build_app(Worker(model, max_waiting), checkpoint.tokenizer, name, options)
+    app = build_app(Worker(model, max_rows, max_tokens, max_waiting), checkpoint.tokenizer, name, options)
     print(f"Serving {name} at http://{host}:{port}/v1 (Ctrl-C ends it).", flush=True)
     uvicorn.Server(uvicorn.Config(app)).run(sockets=[listener])

@@ -15,12 +15,13 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
+from ..continuous_batching import QueueFull
 from .answers import ChatForm, Choice, CompletionForm, Piece, Usage
 from .edge import BodyLimit, RequestIds
 from .errors import ApiError, from_value_error, install_handlers
 from .prompts import Prompt, PromptEncoder
 from .requests import ChatBody, CompletionBody, TextBody
-from .worker import QueueFull, TextRequest, Worker
+from .worker import TextRequest, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class Api:
         self.generation_config = worker.generation_config
         own_stop = self.generation_config.stop_strings or []
         self.own_stop_strings = [own_stop] if isinstance(own_stop, str) else list(own_stop)
-        self.encoder = PromptEncoder(tokenizer, worker.model.config, self.generation_config)
+        self.encoder = PromptEncoder(tokenizer, worker.model.config, self.generation_config, worker.max_tokens)
         # Long prompts are encoded beside the event loop; in one thread, since a tokenizer is not for several.
         self._encoding = ThreadPoolExecutor(1, "illada-encoding")
         self.router = APIRouter()
@@ -166,30 +167,25 @@ class Api:
         settings["stop_strings"] = None  # a choice knows the text, and cuts it there
         if body.logit_bias:
             settings["sequence_bias"] = self._sequence_bias(body.logit_bias)
-        stop = body.stop_strings or self.own_stop_strings
+        if body.seed is not None:
+            settings["seed"] = body.seed % 2**63
         requests = []
         for prompt in prompts:
             if prompt.max_new_tokens is not None:
                 settings = settings | {"max_new_tokens": prompt.max_new_tokens}
-            for number in range(body.n):
-                seed = None if body.seed is None else _wrapped(body.seed + number)
-                request = TextRequest(prompt.input_ids, settings, prompt.first, seed)
-                request.listener = Choice(
-                    len(requests),
-                    request,
-                    prompt,
-                    self.tokenizer,
-                    stop,
-                    self.generation_config.eos_token_ids,
-                    self.generation_config.mask_token_id,
-                    post,
-                )
-                requests.append(request)
             try:
-                self.worker.check(request)
+                own = self.worker.prepare(prompt.input_ids, settings, prompt.first, body.n)
             except ValueError as error:
                 raise from_value_error(error) from error
+            for request in own:
+                request.listener = self._choice(len(requests), request, prompt, body, post)
+                requests.append(request)
         return prompts, requests
+
+    def _choice(self, index: int, request: TextRequest, prompt: Prompt, body: TextBody, post) -> Choice:
+        config = self.generation_config
+        stop = body.stop_strings or self.own_stop_strings
+        return Choice(index, request, prompt, self.tokenizer, stop, config.eos_token_ids, config.mask_token_id, post)
 
     def _sequence_bias(self, logit_bias: dict[str, float]) -> list:
         for token_id in logit_bias:
@@ -284,11 +280,6 @@ def _usage(exchange: Exchange, last: dict[int, Piece]) -> Usage:
         sum(piece.num_tokens for piece in pieces),
         sum(piece.num_passes for piece in pieces),
     )
-
-
-def _wrapped(seed: int) -> int:
-    """The seed as one of 64 bits with a sign."""
-    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _event(data: dict) -> str:

@@ -6,6 +6,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..generation_config import MaskedDiffusionGenerationConfig
+from ..prompts import DEFAULT_MAX_NEW_TOKENS
 from ..text.blanks import spell_blanks
 from ..text.prompts import encode_prompt, sent_messages
 from .errors import ApiError
@@ -32,6 +33,10 @@ class Prompt:
 class PromptEncoder:
     """Encodes requests for one model.
 
+    Args:
+        max_tokens (`int`, *optional*): the most that a prompt and its answer may have together, if the server sets a
+            limit below the model's positions.
+
     Raises:
         ApiError: names the field of the request that cannot be honoured.
     """
@@ -41,11 +46,15 @@ class PromptEncoder:
         tokenizer: PreTrainedTokenizerBase,
         config: PreTrainedConfig,
         generation_config: MaskedDiffusionGenerationConfig,
+        max_tokens: int | None = None,
     ):
         self.tokenizer, self.generation_config = tokenizer, generation_config
         self.config = config
         self.mask_token_id = generation_config.mask_token_id
         self.vocab_size, self.num_positions = config.vocab_size, config.max_position_embeddings
+        self.limit = f"the model has {self.num_positions} positions"
+        if max_tokens is not None and max_tokens < self.num_positions:
+            self.num_positions, self.limit = max_tokens, f"this server takes {max_tokens} tokens at a time"
 
     def chat(self, body: ChatBody) -> list[Prompt]:
         """The conversation by the chat template."""
@@ -109,19 +118,20 @@ class PromptEncoder:
         if room < (0 if budget == 0 else 1):
             raise ApiError(
                 400,
-                f"The prompt has {prompt_length} tokens, and the model has {self.num_positions} positions.",
+                f"The prompt has {prompt_length} tokens, and {self.limit}.",
                 "messages" if isinstance(body, ChatBody) else "prompt",
                 "context_length_exceeded",
             )
         if budget is not None and budget > room:
             raise ApiError(
                 400,
-                f"`{name}` must be at most {room}, got {budget}: the model has {self.num_positions} positions, "
-                f"and the prompt takes {prompt_length}.",
+                f"`{name}` must be at most {room}, got {budget}: {self.limit}, and the prompt takes {prompt_length}.",
                 name,
                 "context_length_exceeded",
             )
         if budget == 0 and isinstance(body, ChatBody):
             raise ApiError(400, f"`{name}` must be above 0, got 0.", name)
         own = self.generation_config.max_new_tokens
+        if own is None and self.generation_config.max_length is None:
+            own = DEFAULT_MAX_NEW_TOKENS
         return room if budget is None and own is not None and own > room else budget

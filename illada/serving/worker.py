@@ -1,17 +1,16 @@
-"""The thread that runs the model. Everything else in the server queues requests here and listens to them."""
+"""The thread that runs the model. Everything else in the server hands it requests and listens to them."""
 
 import logging
-import threading
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
+from transformers import ContinuousBatchingConfig
 
+from ..continuous_batching import DEFAULT_MAX_ROWS, ContinuousBatchingManager
 from ..denoising import DenoisingStep
+from ..engine import Request
 from ..generation import MaskedDiffusionGenerationMixin
 from ..generation_config import MaskedDiffusionGenerationConfig
-from ..text.checks import check_call
 
 logger = logging.getLogger(__name__)
 
@@ -33,53 +32,87 @@ class Progress:
     error: Exception | None = None
 
 
-@dataclass(eq=False)
 class TextRequest:
-    """One text to write.
+    """One text to write. Its listener hears of tokens that will not change any more.
 
     Args:
-        input_ids (`list[int]`): the prompt; each [MASK] in it is a blank to fill.
-        settings (`dict`): fields of [`MaskedDiffusionGenerationConfig`], or `preset`.
+        request: what the engine writes.
+        manager: that writes it.
         first_column (`int`): the first token to report; tokens before it are not the listener's concern.
-        seed (`int`, *optional*): seed of this request's noise; a fresh one is drawn if absent.
-        listener (`Callable[[Progress], None]`): called in the worker's thread, so it must return at once.
+
+    Attributes:
+        listener (`Callable[[Progress], None]`): called in the worker's thread, so it must return at once. What it
+            raises ends this request, and no other.
+        is_cancelled (`bool`): whether the listener is not called any more.
     """
 
-    input_ids: list[int]
-    settings: dict
-    first_column: int
-    seed: int | None = None
-    listener: Callable[[Progress], None] = lambda progress: None
-    is_cancelled: threading.Event = field(default_factory=threading.Event)
+    def __init__(self, request: Request, manager: ContinuousBatchingManager, first_column: int):
+        self.request, self.manager = request, manager
+        self.listener: Callable[[Progress], None] = lambda progress: None
+        self.num_reported, self.num_passes, self.is_cancelled = first_column, 0, False
+        request.on_step, request.on_done = self._on_step, self._on_done
 
     def cancel(self):
-        """Ends the request before its next forward pass; its listener is not called again."""
-        self.is_cancelled.set()
+        """Ends the request before its next forward pass; its row is free for the next request."""
+        self.is_cancelled = True
+        self.manager.cancel([self.request])
 
+    def _on_step(self, step: DenoisingStep):
+        """Reports the text up to its first [MASK] or its EOS; of a rule that masks again, up to the open block."""
+        denoiser, tokens = self.request.denoiser, step.tokens.tolist()
+        eos_token_ids, mask_token_id = denoiser.config.eos_token_ids, denoiser.config.mask_token_id
+        end, limit = self.num_reported, int(step.columns[0]) if denoiser.rule.may_remask else len(tokens)
+        while end < limit and tokens[end] != mask_token_id:
+            end += 1
+            if end > len(self.request.prompt) and tokens[end - 1] in eos_token_ids:
+                break  # what stands after the end is not part of the text
+        self.num_passes = step.num_forward_passes
+        self._report(tokens[self.num_reported : end])
 
-class QueueFull(Exception):
-    """More requests are waiting than the worker allows."""
+    def _on_done(self, request: Request):
+        error = request.error
+        if error is None:
+            try:
+                return self._report(request.result.tokens[self.num_reported :].tolist(), is_finished=True)
+            except Exception as raised:
+                error = raised
+        try:
+            self._report([], is_finished=True, error=error)
+        except Exception:
+            logger.exception("A listener failed while it was told of an error.")
 
-
-class _Cancelled(Exception):
-    """Ends a call of `generate` whose answer nobody waits for."""
+    def _report(self, new_tokens: list[int], is_finished: bool = False, error: Exception | None = None):
+        if not self.is_cancelled:
+            self.num_reported += len(new_tokens)
+            self.listener(Progress(new_tokens, self.num_passes, is_finished, error))
 
 
 class Worker:
-    """Answers requests in the order of their arrival, each by a call of `generate` with a generator of its own.
+    """Writes several texts at a time by the engine, each with settings and noise of its own.
+
+    A request joins at the next pass in which a row is free, in the order of arrival, and its tokens are those that
+    `generate` gives it.
 
     Args:
         model: a masked diffusion model, ready to generate.
-        max_waiting (`int`): requests that may wait for their turn.
+        max_rows (`int`): texts that are written at a time.
+        max_tokens (`int`, *optional*): the most that rows times columns of the longest text may be.
+        max_waiting (`int`): requests that may wait for a row.
     """
 
-    def __init__(self, model: MaskedDiffusionGenerationMixin, max_waiting: int = 256):
-        self.model, self.max_waiting = model, max_waiting
-        self._waiting: deque[TextRequest] = deque()
-        self._running: TextRequest | None = None
-        self._changed, self._is_closing = threading.Condition(), False
-        self._thread = threading.Thread(target=self._run, name="illada-worker", daemon=True)
-        self._thread.start()
+    def __init__(
+        self,
+        model: MaskedDiffusionGenerationMixin,
+        max_rows: int = DEFAULT_MAX_ROWS,
+        max_tokens: int | None = None,
+        max_waiting: int = 256,
+    ):
+        self.model, self.max_tokens, self.max_waiting = model, max_tokens, max_waiting
+        config = ContinuousBatchingConfig(
+            max_requests_per_batch=max_rows, max_batch_tokens=max_tokens, max_queue_size=max_waiting
+        )
+        self.manager = ContinuousBatchingManager(model, None, config)
+        self.manager.start()
 
     @property
     def generation_config(self) -> MaskedDiffusionGenerationConfig:
@@ -88,15 +121,30 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        return self.manager.is_running()
 
-    def check(self, request: TextRequest):
-        """Refuses what `generate` would refuse, without a forward pass. May be called from any thread.
+    def prepare(
+        self, input_ids: list[int], settings: dict, first_column: int = 0, count: int = 1
+    ) -> list[TextRequest]:
+        """Requests for `count` texts on a prompt, checked and not queued yet. May be called from any thread.
+
+        Args:
+            input_ids: the prompt; each [MASK] in it is a blank to fill.
+            settings: fields of [`MaskedDiffusionGenerationConfig`], or `preset`. With a `seed`, the second text has
+                the seed after it, and so on; without one, fresh noise.
+            first_column: where each text begins that listeners hear of.
 
         Raises:
             ValueError: names the setting, its value and what is allowed.
         """
-        check_call(self.model, request.input_ids, request.settings)
+        requests = []
+        for index in range(count):  # not `num_return_sequences`, which greedy texts cannot have
+            own = settings | {"num_return_sequences": 1}
+            if settings.get("seed") is not None:
+                own["seed"] = settings["seed"] + index
+            [request] = self.manager.prepare(input_ids, **own)
+            requests.append(TextRequest(request, self.manager, first_column))
+        return requests
 
     def submit(self, requests: list[TextRequest]):
         """Queues all of the requests, or none.
@@ -104,90 +152,9 @@ class Worker:
         Raises:
             QueueFull: if they do not fit among the requests that wait.
         """
-        with self._changed:
-            self._waiting = deque(request for request in self._waiting if not request.is_cancelled.is_set())
-            if self._is_closing or len(self._waiting) + len(requests) > self.max_waiting:
-                raise QueueFull
-            self._waiting.extend(requests)
-            self._changed.notify()
+        self.manager.submit([request.request for request in requests])
 
     def close(self):
-        """Cancels what is left, and ends the thread."""
-        with self._changed:
-            self._is_closing = True
-            for request in (*self._waiting, self._running):
-                if request is not None:
-                    request.cancel()
-            self._changed.notify()
-        self._thread.join()
-
-    def _run(self):
-        while (request := self._next()) is not None:
-            try:
-                self._write(request)
-            except _Cancelled:
-                pass
-            except Exception as error:
-                self._report_error(request, error)
-
-    def _next(self) -> TextRequest | None:
-        """The next request to write; None ends the thread."""
-        with self._changed:
-            self._running = None
-            while not self._is_closing:
-                while self._waiting:
-                    request = self._waiting.popleft()
-                    if not request.is_cancelled.is_set():
-                        self._running = request
-                        return request
-                self._changed.wait()
-        return None
-
-    def _write(self, request: TextRequest):
-        model = self.model
-        generator = torch.Generator(model.device)
-        generator.seed() if request.seed is None else generator.manual_seed(request.seed)
-        settled = _SettledTokens(request, model._prepare_settings(None, dict(request.settings)))
-        input_ids = torch.tensor([request.input_ids], device=model.device)
-        output = model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            generator=generator,
-            on_step=settled.on_step,
-            return_dict_in_generate=True,
-            **request.settings,
-        )
-        settled.finish(output.sequences[0].tolist())
-
-    def _report_error(self, request: TextRequest, error: Exception):
-        try:
-            request.listener(Progress([], 0, is_finished=True, error=error))
-        except Exception:
-            logger.exception("A listener failed while it was told of an error.")
-
-
-class _SettledTokens:
-    """Tells a request's listener what will not change any more: the text up to its first [MASK], or its EOS."""
-
-    def __init__(self, request: TextRequest, config):
-        self.request, self.config = request, config
-        self.reported, self.num_passes = request.first_column, 0
-
-    def on_step(self, step: DenoisingStep):
-        self.num_passes = step.num_forward_passes
-        tokens = step.tokens.tolist()
-        end = self.reported
-        while end < len(tokens) and tokens[end] != self.config.mask_token_id:
-            end += 1
-            if end > len(self.request.input_ids) and tokens[end - 1] in self.config.eos_token_ids:
-                break  # what stands after the end is not part of the text
-        self._report(tokens[self.reported : end])
-
-    def finish(self, tokens: list[int]):
-        self._report(tokens[self.reported :], is_finished=True)
-
-    def _report(self, new_tokens: list[int], is_finished: bool = False):
-        if self.request.is_cancelled.is_set():
-            raise _Cancelled
-        self.reported += len(new_tokens)
-        self.request.listener(Progress(new_tokens, self.num_passes, is_finished))
+        """Ends the thread before its next pass; what is left fails."""
+        self.manager.stop(hard_stop=True)
+        self.manager.destroy()
