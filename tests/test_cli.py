@@ -154,6 +154,15 @@ def test_blanks_of_a_prompt_are_filled(capsys, monkeypatch):
     assert result["text"] == tokenizer.decode(expected[input_ids.shape[1] :], skip_special_tokens=True).strip()
 
 
+def test_blanks_are_filled_and_shown_where_nothing_is_appended(capsys, monkeypatch):
+    settings = ["--no-chat", "--max-new-tokens", "0"]
+    infilled = run(capsys, monkeypatch, "infill", SENTENCE)[1]
+    code, out, err = run(capsys, monkeypatch, "generate", SENTENCE, *settings)
+    assert (code, out, err) == (0, infilled, "") and "MASK" not in out and len(out) > 40
+    result = json.loads(run(capsys, monkeypatch, "generate", SENTENCE, *settings, "--json")[1])
+    assert (result["text"], result["finish_reason"]) == (infilled.removesuffix("\n"), "stop")
+
+
 TEXTS = {  # what each command is given besides the option under test
     "generate": ["hi"],
     "infill": [SENTENCE],

@@ -44,7 +44,8 @@ def generate(
 
     Example: `illada generate "Tom has 7 apples. He buys 5 more. How many apples does Tom have now?"`
 
-    Blanks of the prompt, written as for `illada infill`, are filled first; `--json` shows the filled prompt.
+    Blanks of the prompt, written as for `illada infill`, are filled first; `--json` shows the filled prompt. With
+    `--max-new-tokens 0` nothing is appended, and the filled prompt is the text.
     """
     prompt = read_text(prompt, "prompt")
     check_trace_path(trace)
@@ -67,6 +68,8 @@ def generate(
     )
     reason = finish_reason(output, len(input_ids), checkpoint.generation_config.eos_token_ids, answer, response.stop)
     result = {"text": answer.strip(), "finish_reason": reason}
+    if settings.get("max_new_tokens") == 0:
+        result, reason = {"text": filled, "finish_reason": "stop"}, "stop"
     print_result(result | ({"prompt": filled} if mask_token_id in input_ids else {}), output, as_json)
     if not as_json:
         tell_if_cut(reason)
