@@ -144,7 +144,9 @@ class Page:
         self.stop.click(self._stop, self.session, None, queue=False, **quiet)
         self.step.release(self._show, [self.session, self.step], self.picture, **quiet)
         self.clear.click(self._clear, self.session, self.conversation, queue=False, **quiet)
-        self.blank_text.select(_selection, None, self.selection, **quiet)
+        # The last selection counts: by default one is dropped that is made while another is on its way, and
+        # "always_last" repeats the other.
+        self.blank_text.select(_selection, None, self.selection, trigger_mode="multiple", **quiet)
         self.blank_out.click(self._blank_out, [self.blank_text, self.selection], self.blank_text, **quiet)
 
     def _send(self, values: dict) -> dict:
