@@ -291,20 +291,15 @@ def test_a_checkpoint_decides_whether_it_samples(server, generated):
         ask(server, QUESTIONS[0], top_p=0.5)
 
 
-def test_logit_bias_is_honoured_or_refused_by_name(server, generated, tokenizer):
-    """The core decides: `sequence_bias` of single tokens."""
-    from illada import MaskedDiffusionGenerationConfig
-
+def test_logit_bias(server, generated):
     answer, output = generated(user(QUESTIONS[0]), max_new_tokens=8)
     token = int(output.sequences[0, -8])
-    try:
-        MaskedDiffusionGenerationConfig(sequence_bias=[[[token], -100.0]])
-    except ValueError:
-        with pytest.raises(openai.BadRequestError, match="`logit_bias`"):
-            ask(server, QUESTIONS[0], max_tokens=8, logit_bias={str(token): -100})
-    else:
-        expected = generated(user(QUESTIONS[0]), max_new_tokens=8, sequence_bias=[[[token], -100.0]])[0]
-        assert ask(server, QUESTIONS[0], max_tokens=8, logit_bias={str(token): -100}) == expected != answer
+    expected, biased = generated(user(QUESTIONS[0]), max_new_tokens=8, sequence_bias=[[[token], -100.0]])
+    assert token in output.sequences[0, -8:] and token not in biased.sequences[0, -8:]
+    assert ask(server, QUESTIONS[0], max_tokens=8, logit_bias={str(token): -100}) == expected != answer
+    for bias, reason in (({"many": 1}, "got 'many'"), ({"99999": 1}, "got '99999'"), ({str(token): 101}, "101")):
+        with pytest.raises(openai.BadRequestError, match=f"`logit_bias.*{reason}"):
+            ask(server, QUESTIONS[0], logit_bias=bias)
 
 
 def test_health_answers_while_the_model_is_at_work(server, closed, generated):
