@@ -34,6 +34,26 @@ def golden_illada() -> Path:
     return FIXTURES / "illada"
 
 
+@pytest.fixture(scope="session")
+def embedded_model():
+    """The package's own model, in fp32, loaded once: only to be read."""
+    from transformers import AutoModelForCausalLM
+
+    from illada import EMBEDDED_MODEL
+
+    return AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def embedded_tokenizer():
+    """Its tokenizer: only to be read."""
+    from transformers import AutoTokenizer
+
+    from illada import EMBEDDED_MODEL
+
+    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+
+
 @pytest.fixture
 def tiny_config():
     from illada import ILLaDAConfig

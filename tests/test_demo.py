@@ -7,10 +7,9 @@ import time
 import pytest
 import torch
 from demo_page import DemoServer, Visitor, what_is_missing
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from illada import EMBEDDED_MODEL, DenoisingStep
+from illada import DenoisingStep
 from illada.commands.main import app
 from illada.demo import examples
 from illada.demo.picture import denoising_html
@@ -29,13 +28,13 @@ needs_browser = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+def tokenizer(embedded_tokenizer):
+    return embedded_tokenizer
 
 
 @pytest.fixture(scope="module")
-def model():
-    return AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
+def model(embedded_model):
+    return embedded_model
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from illada import EMBEDDED_MODEL, ILLaDAForCausalLM
 from illada.tiny.corpus import FAMILIES, held_out_examples
@@ -15,13 +14,13 @@ from illada.tiny.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+def tokenizer(embedded_tokenizer):
+    return embedded_tokenizer
 
 
 @pytest.fixture(scope="module")
-def model():
-    return AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
+def model(embedded_model):
+    return embedded_model
 
 
 def test_it_is_small_and_complete():
