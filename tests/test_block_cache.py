@@ -376,39 +376,31 @@ def test_compiled_to_machine_code(fresh_dynamo):
     assert fresh_dynamo["inductor"]
 
 
-def compiled_settings(**settings) -> dict:
-    compile_config = CompileConfig(backend="eager", dynamic=False)
-    return {
-        "block_cache": "dual",
-        "max_new_tokens": 8,
-        "block_length": 4,
-        "compile_config": compile_config,
-        **settings,
-    }
+SHORT = {"block_cache": "dual", "max_new_tokens": 8, "block_length": 4}
+COMPILED = {**SHORT, "compile": True, "compile_config": CompileConfig(backend="eager", dynamic=False)}
 
 
 def test_interleaved_compiled_calls_do_not_share_buffers(fresh_dynamo):
     """A call inside another's `on_step`, and calls in two threads, each with its own result."""
     model = random_model(0, num_layers=2)
     prompts = [torch.tensor([[7, 8, 9]]), torch.tensor([[10, 11, 12]]), torch.tensor([[13, 14, 15]])]
-    settings = compiled_settings()
-    expected = [model.generate(prompt, **settings) for prompt in prompts]
+    expected = [model.generate(prompt, **SHORT) for prompt in prompts]
     inner = []
 
     def on_step(step):
-        inner.append(model.generate(prompts[1], **settings, compile=True))
+        inner.append(model.generate(prompts[1], **COMPILED))
 
-    assert torch.equal(model.generate(prompts[0], **settings, compile=True, on_step=on_step), expected[0])
+    assert torch.equal(model.generate(prompts[0], **COMPILED, on_step=on_step), expected[0])
     assert all(torch.equal(output, expected[1]) for output in inner) and len(inner) == 8
 
     with ThreadPoolExecutor(2) as pool:
-        calls = [pool.submit(model.generate, prompts[i % 3], **settings, compile=True) for i in range(12)]
+        calls = [pool.submit(model.generate, prompts[i % 3], **COMPILED) for i in range(12)]
     assert all(torch.equal(call.result(), expected[i % 3]) for i, call in enumerate(calls))
 
 
 def test_compiled_calls_in_any_mode_and_order(fresh_dynamo):
     model = random_model(0, num_layers=2, dtype=torch.float32)
-    prompt, settings = torch.tensor([[7, 8, 9]]), compiled_settings()
+    prompt = torch.tensor([[7, 8, 9]])
     modes = {
         "plain": nullcontext,
         "inference": torch.inference_mode,
@@ -417,14 +409,14 @@ def test_compiled_calls_in_any_mode_and_order(fresh_dynamo):
     expected = {}
     for name, mode in modes.items():
         with mode():
-            expected[name] = model.generate(prompt, **settings)
+            expected[name] = model.generate(prompt, **SHORT)
     for name in ("inference", "plain", "autocast", "plain", "inference", "autocast", "inference"):
         with modes[name]():
-            assert torch.equal(model.generate(prompt, **settings, compile=True), expected[name]), name
+            assert torch.equal(model.generate(prompt, **COMPILED), expected[name]), name
 
 
 def test_a_model_can_be_pickled_and_copied_after_a_compiled_call(fresh_dynamo):
     model, prompt = random_model(0, num_layers=2), torch.tensor([[7, 8, 9]])
-    expected = model.generate(prompt, **compiled_settings(compile=True))
+    expected = model.generate(prompt, **COMPILED)
     for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
-        assert torch.equal(again.generate(prompt, **compiled_settings(compile=True)), expected)
+        assert torch.equal(again.generate(prompt, **COMPILED), expected)

@@ -205,6 +205,8 @@ BAD_VALUES = {
     "--host": ["no such host"],
     "--port": ["0", "99999", "http"],
     "--max-waiting": ["0"],
+    "--max-rows": ["0", "many"],
+    "--max-tokens": ["0", "many"],
     "--timeout": ["0", "soon", "nan"],
     "--max-body-kib": ["0"],
     "--to": ["gguf"],

@@ -227,7 +227,7 @@ def test_a_registered_rule_works_by_name(monkeypatch):
     by_name = alone(model_of(15), PROMPTS[0], commit_rule="own")
     assert by_name == alone(model_of(15), PROMPTS[0], commit_rule=RULES["memory"])
     assert by_name != alone(model_of(15), PROMPTS[0])
-    with pytest.raises(ValueError, match="`commit_rule` must be one of .*'quota', .*'own', got 'nobody'"):
+    with pytest.raises(ValueError, match="`commit_rule` must be a .* one of .*'quota', .*'own', got 'nobody'"):
         model_of(15).generate(torch.tensor([PROMPTS[0]]), commit_rule="nobody")
 
 
