@@ -53,6 +53,7 @@ _PASSED_ON = {  # arguments of `forward` that the attention backends and Transfo
 }
 _WITHOUT_MEANING = {"token_type_ids"}  # a tokenizer may return them; no embedding reads them
 _OF_FLASH_ATTENTION = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+_KNOWN = {"is_causal", *_PASSED_ON, *_WITHOUT_MEANING, *_OF_FLASH_ATTENTION}
 
 
 class ILLaDAAttention(OlmoAttention):
@@ -181,11 +182,13 @@ class ILLaDAModel(ILLaDAPreTrainedModel, LlamaModel):
         """Refuses what nothing would read, a misspelt name above all, and what would make attention causal."""
         if arguments.get("is_causal"):
             raise ValueError("`is_causal` must be False or absent, got True: this model attends in both directions.")
-        unknown = arguments.keys() - _PASSED_ON - _WITHOUT_MEANING - _OF_FLASH_ATTENTION - {"is_causal"}
+        # Lists, since the compiler of older versions of torch does not know the difference of sets.
+        unknown = [name for name in arguments if name not in _KNOWN]
         if unknown:
             raise ValueError(f"`forward` got unknown arguments {sorted(unknown)}.")
         attention = self.config._attn_implementation
-        if attention in ("eager", "sdpa", "flex_attention") and (packed := arguments.keys() & _OF_FLASH_ATTENTION):
+        packed = [name for name in arguments if name in _OF_FLASH_ATTENTION]
+        if attention in ("eager", "sdpa", "flex_attention") and packed:
             raise ValueError(
                 f"{sorted(packed)} are read by flash attention, got them with {attention!r}: keep packed segments "
                 "apart by a four-dimensional `attention_mask`."

@@ -260,12 +260,18 @@ def test_loss_is_made_in_fp32_at_least():
     assert masked_diffusion_loss(logits.double(), targets, None, 4).dtype == torch.float64
 
 
+def switch_checkpointing(model, state: str):
+    """By the name that the installed Transformers has for it."""
+    newer = getattr(model, f"activation_checkpointing_{state}", None)
+    (newer or getattr(model, f"gradient_checkpointing_{state}"))()
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_steps_lower_the_loss(tiny_config, checkpointing):
     torch.manual_seed(0)
     model = ILLaDAForCausalLM(tiny_config).train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        switch_checkpointing(model, "enable")
     clean = torch.randint(6, 64, (4, 12))
     masked = torch.rand(4, 12) < 0.5
     batch = {
@@ -290,8 +296,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_config):
     model = ILLaDAForCausalLM(tiny_config).train()
     input_ids = torch.randint(6, 64, (2, 10))
     gradients = []
-    for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
-        enable()
+    for state in ("disable", "enable"):
+        switch_checkpointing(model, state)
         model.zero_grad()
         model(input_ids, labels=input_ids).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
