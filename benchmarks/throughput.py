@@ -189,15 +189,17 @@ What many requests cost through the engine (`generate_batch`, {ROWS} rows), in s
 time. Made by `python benchmarks/throughput.py`; the docstring there says what is compared.
 
 {results["requests"]} requests with prompts of 16 to {results["longest_prompt"]} tokens and answers of 8 to
-{results["longest_answer"]}, shape `{results["shape"]}` with random weights; with the prefix cache {results["rounds"]}
-rounds, without a cache {results["exact_rounds"]}; {results["machine"]}.
+{results["longest_answer"]}, shape `{results["shape"]}` with random weights; {results["machine"]}. Rounds:
+{results["rounds"]} with the prefix cache, {results["exact_rounds"]} without a cache.
 
 | block cache | way | requests/s | tokens/s | the engine is faster by | rows in use |
 | --- | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-Ratios are taken within a round, and their median is given. Each round: {spread}. "Rows in use" is the share of the
-rows that did useful work, pass by pass. The peak of resident memory over all of it was {peak:,.0f} MiB.
+Ratios are taken within a round, and their median is given. Each round: {spread}.
+
+"Rows in use" is the share of the rows that did useful work, pass by pass: what is missing in the engine's is its end,
+when fewer requests than rows are left. The peak of resident memory over all of it was {peak:,.0f} MiB.
 
 ![Tokens per second](throughput.png)
 """,
