@@ -118,7 +118,7 @@ class MaskedDiffusionTrainer(Trainer):
 
     Raises:
         ValueError: if an argument would replace or change the loss (see [`check_arguments`]).
-        NotImplementedError: if the model has an adapter that acts on prompts (see [`check_adapters`]).
+        ValueError: if the model has an adapter that acts on prompts (see [`check_adapters`]).
     """
 
     def __init__(self, *arguments, objective: Objective | None = None, sample_prompts: Sequence[str] = (), **keywords):
