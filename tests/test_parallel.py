@@ -16,7 +16,8 @@ TESTS = Path(__file__).parent
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
-    model = random_model(0, num_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    # Transformers 5.20 splits a head only if its size is a multiple of the processes.
+    model = random_model(0, vocab_size=38, num_layers=3, num_attention_heads=4, num_key_value_heads=2)
     model.save_pretrained(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
