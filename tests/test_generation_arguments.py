@@ -326,9 +326,10 @@ def test_the_callers_config_and_the_models_are_left_alone(model):
 
 
 @pytest.fixture
-def warnings_of(model, caplog):
+def warnings_of(model, caplog, monkeypatch):
     """The warnings of Transformers' logger in a call in which pad is EOS."""
     logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "propagate", True)  # as it is where the variable `CI` is set
 
     def call(prompts, **arguments):
         logger.warning_once.__func__.cache_clear()
@@ -336,10 +337,8 @@ def warnings_of(model, caplog):
         model.generate(torch.tensor(prompts), max_new_tokens=1, pad_token_id=EOS, **arguments)
         return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
-    logger.addHandler(caplog.handler)
     with caplog.at_level(logging.WARNING, logger="transformers"):
         yield call
-    logger.removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize("prompts", [[[EOS, 7, 8], [7, 8, 9]], [[EOS, EOS, 7]], [[EOS, EOS, 7], [EOS, 7, 8]]])
