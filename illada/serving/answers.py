@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from .prompts import Prompt
+from .requests import ChatBody, TextBody
 from .worker import Progress, TextRequest
 
 
@@ -202,3 +203,46 @@ class ChatForm(CompletionForm):
 
     def _delta(self, text: str) -> dict:
         return {"delta": {"content": text} if text else {}}
+
+
+def form_of(body: TextBody, request_id: str, model: str) -> CompletionForm:
+    """The form in which a request is answered."""
+    if isinstance(body, ChatBody):
+        return ChatForm(f"chatcmpl-{request_id}", model)
+    return CompletionForm(f"cmpl-{request_id}", model)
+
+
+class Answer:
+    """The texts of an answer, put together from their pieces.
+
+    Args:
+        form: of the answer.
+        prompts: that were asked.
+        num_texts (`int`): of the answer.
+    """
+
+    def __init__(self, form: CompletionForm, prompts: list[Prompt], num_texts: int):
+        self.form, self.texts = form, [""] * num_texts
+        self.num_prompt_tokens = sum(len(prompt.input_ids) for prompt in prompts)
+        self.last: dict[int, Piece] = {}  # of each text
+        self.num_open = num_texts
+
+    def add(self, piece: Piece):
+        self.texts[piece.index] += piece.text
+        self.last[piece.index] = piece
+        self.num_open -= piece.finish_reason is not None
+
+    @property
+    def usage(self) -> Usage:
+        """So far."""
+        pieces = self.last.values()
+        return Usage(
+            self.num_prompt_tokens,
+            sum(piece.num_tokens for piece in pieces),
+            sum(piece.num_passes for piece in pieces),
+        )
+
+    def whole(self) -> dict:
+        """The finished answer as JSON."""
+        reasons = [self.last[index].finish_reason for index in range(len(self.texts))]
+        return self.form.whole(self.texts, reasons, self.usage)

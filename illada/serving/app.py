@@ -16,10 +16,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
 from ..continuous_batching import QueueFull
-from .answers import ChatForm, Choice, CompletionForm, Piece, Usage
+from .answers import Answer, Piece, form_of
+from .composing import Composer
 from .edge import BodyLimit, RequestIds
-from .errors import ApiError, from_value_error, install_handlers
-from .prompts import Prompt, PromptEncoder
+from .errors import ApiError, install_handlers
 from .requests import ChatBody, CompletionBody, TextBody
 from .worker import TextRequest, Worker
 
@@ -73,9 +73,8 @@ class Exchange:
 
     body: TextBody
     requests: list[TextRequest]
-    prompt_tokens: int
     pieces: asyncio.Queue[Piece]
-    form: CompletionForm
+    answer: Answer
     request_id: str
 
     def cancel(self):
@@ -87,12 +86,9 @@ class Api:
     """The endpoints."""
 
     def __init__(self, worker: Worker, tokenizer: PreTrainedTokenizerBase, name: str, options: ServerOptions):
-        self.worker, self.tokenizer, self.name, self.options = worker, tokenizer, name, options
+        self.worker, self.name, self.options = worker, name, options
         self.created = int(time.time())
-        self.generation_config = worker.generation_config
-        own_stop = self.generation_config.stop_strings or []
-        self.own_stop_strings = [own_stop] if isinstance(own_stop, str) else list(own_stop)
-        self.encoder = PromptEncoder(tokenizer, worker.model.config, self.generation_config, worker.max_tokens)
+        self.composer = Composer(worker, tokenizer)
         # Long prompts are encoded beside the event loop; in one thread, since a tokenizer is not for several.
         self._encoding = ThreadPoolExecutor(1, "illada-encoding")
         self.router = APIRouter()
@@ -125,10 +121,10 @@ class Api:
         return self._card()
 
     async def complete(self, body: CompletionBody, http: Request) -> Response:
-        return await self._answer(http, body, self.encoder.completions, CompletionForm)
+        return await self._answer(http, body)
 
     async def chat(self, body: ChatBody, http: Request) -> Response:
-        return await self._answer(http, body, self.encoder.chat, ChatForm)
+        return await self._answer(http, body)
 
     def _card(self) -> dict:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "illada"}
@@ -137,7 +133,7 @@ class Api:
         if name not in (None, self.name):
             raise ApiError(404, f"`model` must be {self.name!r}, got {name!r}.", "model", "model_not_found")
 
-    async def _answer(self, http: Request, body: TextBody, encode, form_class: type[CompletionForm]) -> Response:
+    async def _answer(self, http: Request, body: TextBody) -> Response:
         self._check_model(body.model)
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[Piece] = asyncio.Queue()
@@ -145,57 +141,15 @@ class Api:
         def post(piece: Piece):
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        prompts, requests = await loop.run_in_executor(self._encoding, self._prepare, body, encode, post)
+        prompts, requests = await loop.run_in_executor(self._encoding, self.composer.compose, body, post)
         request_id = http.state.request_id
-        prefix = "chatcmpl" if form_class is ChatForm else "cmpl"
-        form = form_class(f"{prefix}-{request_id}", self.name)
-        num_tokens = sum(len(prompt.input_ids) for prompt in prompts)
-        exchange = Exchange(body, requests, num_tokens, pieces, form, request_id)
+        form = form_of(body, request_id, self.name)
+        exchange = Exchange(body, requests, pieces, Answer(form, prompts, len(requests)), request_id)
         self._submit(requests)
         leaving = asyncio.create_task(_cancel_when_gone(http, exchange))
         if body.stream:
             return StreamingResponse(self._events(exchange, leaving), media_type="text/event-stream")
         return await self._whole(exchange, leaving)
-
-    def _prepare(self, body: TextBody, encode, post) -> tuple[list[Prompt], list[TextRequest]]:
-        """The prompts, and a request that listens for each text of the answer: `n` of each prompt."""
-        prompts = encode(body)
-        try:
-            settings = body.decoding_settings | body.sampling_settings(bool(self.generation_config.do_sample))
-        except ValueError as error:
-            raise from_value_error(error) from error
-        settings["stop_strings"] = None  # a choice knows the text, and cuts it there
-        if body.logit_bias:
-            settings["sequence_bias"] = self._sequence_bias(body.logit_bias)
-        if body.seed is not None:
-            settings["seed"] = body.seed % 2**63
-        requests = []
-        for prompt in prompts:
-            if prompt.max_new_tokens is not None:
-                settings = settings | {"max_new_tokens": prompt.max_new_tokens}
-            try:
-                own = self.worker.prepare(prompt.input_ids, settings, prompt.first, body.n)
-            except ValueError as error:
-                raise from_value_error(error) from error
-            for request in own:
-                request.listener = self._choice(len(requests), request, prompt, body, post)
-                requests.append(request)
-        return prompts, requests
-
-    def _choice(self, index: int, request: TextRequest, prompt: Prompt, body: TextBody, post) -> Choice:
-        config = self.generation_config
-        stop = body.stop_strings or self.own_stop_strings
-        return Choice(index, request, prompt, self.tokenizer, stop, config.eos_token_ids, config.mask_token_id, post)
-
-    def _sequence_bias(self, logit_bias: dict[str, float]) -> list:
-        for token_id in logit_bias:
-            if not (token_id.isascii() and token_id.isdigit() and int(token_id) < self.encoder.vocab_size):
-                raise ApiError(
-                    400,
-                    f"`logit_bias` must have token ids below {self.encoder.vocab_size} as keys, got {token_id!r}.",
-                    "logit_bias",
-                )
-        return [[[int(token_id)], float(bias)] for token_id, bias in logit_bias.items()]
 
     def _submit(self, requests: list[TextRequest]):
         if len(requests) > self.worker.max_waiting:
@@ -217,25 +171,20 @@ class Api:
         return JSONResponse(collecting.result())
 
     async def _collect(self, exchange: Exchange) -> dict:
-        texts = [""] * len(exchange.requests)
-        last: dict[int, Piece] = {}
-        async for piece in self._pieces(exchange):
-            texts[piece.index] += piece.text
-            last[piece.index] = piece
-        reasons = [last[index].finish_reason for index in range(len(texts))]
-        return exchange.form.whole(texts, reasons, _usage(exchange, last))
+        async for _ in self._pieces(exchange):
+            pass
+        return exchange.answer.whole()
 
     async def _events(self, exchange: Exchange, leaving: asyncio.Task) -> AsyncIterator[str]:
         """Server-sent events: each piece as soon as it is settled."""
-        last: dict[int, Piece] = {}
+        answer = exchange.answer
         try:
-            for chunk in exchange.form.opening(len(exchange.requests)):
+            for chunk in answer.form.opening(len(exchange.requests)):
                 yield _event(chunk)
             async for piece in self._pieces(exchange):
-                last[piece.index] = piece
-                yield _event(exchange.form.chunk(piece))
+                yield _event(answer.form.chunk(piece))
             if exchange.body.stream_options is not None and exchange.body.stream_options.include_usage:
-                yield _event(exchange.form.usage_chunk(_usage(exchange, last)))
+                yield _event(answer.form.usage_chunk(answer.usage))
             yield "data: [DONE]\n\n"
         except ApiError as error:
             yield _event(error.body())
@@ -250,8 +199,7 @@ class Api:
             ApiError: if the model fails, or the time is up.
         """
         end = None if self.options.timeout is None else time.monotonic() + self.options.timeout
-        num_open = len(exchange.requests)
-        while num_open > 0:
+        while exchange.answer.num_open > 0:
             try:
                 remaining = None if end is None else max(0.0, end - time.monotonic())
                 piece = await asyncio.wait_for(exchange.pieces.get(), remaining)
@@ -262,7 +210,7 @@ class Api:
                 exchange.cancel()
                 logger.error("Request %s failed.", exchange.request_id, exc_info=piece.error)
                 raise ApiError(500, f"The server failed on request {exchange.request_id}.")
-            num_open -= piece.finish_reason is not None
+            exchange.answer.add(piece)
             yield piece
 
 
@@ -271,15 +219,6 @@ async def _cancel_when_gone(http: Request, exchange: Exchange):
     while (await http.receive())["type"] != "http.disconnect":
         pass
     exchange.cancel()
-
-
-def _usage(exchange: Exchange, last: dict[int, Piece]) -> Usage:
-    pieces = last.values()
-    return Usage(
-        exchange.prompt_tokens,
-        sum(piece.num_tokens for piece in pieces),
-        sum(piece.num_passes for piece in pieces),
-    )
 
 
 def _event(data: dict) -> str:
