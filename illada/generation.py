@@ -32,7 +32,7 @@ from .denoising import Denoiser, DenoisingStep
 from .end_of_thinking import EndOfThinkingBoost
 from .engine import Engine, Request, RequestResult
 from .generation_config import MaskedDiffusionGenerationConfig
-from .inherited import RefusesWritingFromLeftToRight
+from .inherited import RefusesWritingFromLeftToRight, check_pipeline
 from .prediction import CachedPredictor, FullPredictor, Predictor, is_guided
 from .prompts import prepare_max_new_tokens, prepare_prompts
 from .rankings import RANKINGS
@@ -156,6 +156,8 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
         input_ids = inputs if input_ids is None else input_ids
         input_ids, attention_mask = prepare_prompts(input_ids, attention_mask, config, self.config.vocab_size)
         max_new_tokens = prepare_max_new_tokens(input_ids, attention_mask, config, self.config.max_position_embeddings)
+        if (input_ids == config.mask_token_id).any():
+            check_pipeline()
         input_ids, attention_mask = (
             tensor.cpu().repeat_interleave(config.num_return_sequences or 1, 0)
             for tensor in (input_ids, attention_mask)

@@ -4,6 +4,7 @@ Whatever is inherited is offered to users. The rest of it works as it stands; `t
 all of it.
 """
 
+import sys
 from collections.abc import Callable
 
 
@@ -38,3 +39,25 @@ class RefusesOtherParts:
     )
     set_decoder = _refusing("set_decoder", "assign `model.model`")
     set_encoder = _refusing("set_encoder", "assign `model.model`")
+
+
+def check_pipeline():
+    """Raises `NotImplementedError` if the caller is Transformers' text pipeline; for prompts with blanks.
+
+    That pipeline shows the prompt as it was typed and cuts as many characters off the answer: what was filled in would
+    be lost, without a word. It offers no hook to change that and does not tell `generate` who calls, so the calling
+    frames are looked through. A subclass with a `postprocess` of its own is taken to know what it does.
+    """
+    from transformers import TextGenerationPipeline  # slow to import
+
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, TextGenerationPipeline):
+            if type(caller).postprocess is not TextGenerationPipeline.postprocess:
+                return
+            raise NotImplementedError(
+                'Transformers\' `pipeline("text-generation")` would lose what is filled into the blanks of a prompt: '
+                "pass `pipeline_class=illada.text.pipelines.TextWithBlanksPipeline`, or call `generate`."
+            )
+        frame = frame.f_back

@@ -130,9 +130,14 @@ def test_a_text_pipeline_shows_what_was_filled_in(saved, writer, model, tokenize
         assert [answer[0]["generated_text"] for answer in answers] == expected
     spelled = BLANKS.replace("<[MASK]><[MASK]>", "<[MASK]*2>")
     assert write(spelled, max_new_tokens=budget)[0]["generated_text"] == expected[1]
-    # Transformers' own pipeline has the same tokens.
-    tokens = writer(BLANK, max_new_tokens=budget, return_tensors=True)[0]["generated_token_ids"]
+    tokens = write(BLANK, max_new_tokens=budget, return_tensors=True)[0]["generated_token_ids"]
     assert tokenizer.decode(tokens, skip_special_tokens=True) == expected[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"return_full_text": False}, {"num_return_sequences": 2, "do_sample": True}])
+def test_transformers_own_pipeline_refuses_blanks(writer, settings):
+    with pytest.raises(NotImplementedError, match="would lose what is filled into the blanks"):
+        writer(BLANK, max_new_tokens=0, **settings)
 
 
 def test_each_sample_of_a_text_pipeline_shows_its_own_filling(saved, model, tokenizer):
