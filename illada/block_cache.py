@@ -5,7 +5,8 @@ back. A *full* pass, of whole texts, leaves them here; a *block* pass runs on th
 writes theirs in place and sees everything.
 
 This is an approximation: under attention in both directions the keys of a prefix depend on the block after it, and
-here they stay as they were in the last full pass (Fast-dLLM, arXiv 2505.22618: prefix cache and dual cache).
+here they stay as they were in the last full pass (Fast-dLLM, arXiv 2505.22618: prefix cache and dual cache), or as they
+were before the block was there (`"frozen"`, see `frozen.py`).
 """
 
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ class Window:
 
     Attributes:
         index (`torch.LongTensor` of shape `(R * W,)`): where each token goes, as `slot * num_columns + column`.
+        slots (`slice` or `torch.LongTensor` of shape `(R,)`): what is read; by a slice, the buffers as they are.
         num_visible (`int`, *optional*): columns that are seen; only the pass's own if absent, in a full pass.
     """
 
     index: torch.LongTensor
+    slots: slice | torch.LongTensor | None = None
     num_visible: int | None = None
 
 
@@ -77,7 +80,7 @@ class BlockCacheLayer(CacheLayerMixin):
             buffer.flatten(0, 1).index_copy_(0, index, states.transpose(1, 2).flatten(0, 1))
         if self.window.num_visible is None:
             return key_states, value_states
-        visible = slice(len(key_states)), slice(self.window.num_visible)
+        visible = self.window.slots, slice(self.window.num_visible)
         return self.keys[visible].transpose(1, 2), self.values[visible].transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -106,8 +109,8 @@ class BlockCache(Cache):
     """Keys and values of rows that come and go, for the models of this package.
 
     A row has a place of `num_branches` neighbouring slots (two with guidance: conditional and unconditional). The rows
-    of a block pass have the first places, so that it reads the buffers as they are. The last column is *scratch*: what
-    is written there is never seen. It takes the tokens with which a row is filled up to the width of others.
+    of a pass have neighbouring places, so that it reads the buffers as they are. The last column is *scratch*: what is
+    written there is never seen. It takes the tokens with which a row is filled up to the width of others.
 
     Args:
         num_layers (`int`), num_branches (`int`).
@@ -131,20 +134,24 @@ class BlockCache(Cache):
         for layer in self.layers:
             layer.grow(self.num_rows * self.num_branches, self.num_columns)
 
-    def seat(self, part: list[Row], full: list[Row]) -> list[Row]:
-        """Gives the rows of the next block pass the first places, and those whose keys a full pass replaces the next.
+    def seat(self, groups: list[list[Row]]) -> list[list[Row]]:
+        """Gives the rows of each group neighbouring places, those of the first group the first, and so on.
 
-        Only rows of `part` beyond the first places move, to places that are free: nothing is copied but them. Returns
-        `part` in the order of its places.
+        A row whose place is among its group's stays there; what is kept of the others moves, and nothing else is
+        copied. Returns the groups in the order of their places.
         """
-        count = len(part)
-        moving = [row for row in part if self.places[row] >= count]
-        free = sorted(set(range(count)) - {self.places[row] for row in part})
-        self._move([self.places[row] for row in moving], free)
-        places = {row: self.places[row] for row in part} | dict(zip(moving, free))
-        part = sorted(part, key=places.__getitem__)
-        self.places = places | {row: count + place for place, row in enumerate(full)}
-        return part
+        old, seated, first = self.places, [], 0
+        self.places = {}
+        for group in groups:
+            own = range(first, first + len(group))
+            staying = {old[row]: row for row in group if old.get(row) in own}
+            others = iter([row for row in group if old.get(row) not in own])
+            seated.append([staying[place] if place in staying else next(others) for place in own])
+            self.places |= dict(zip(seated[-1], own))
+            first = own.stop
+        moving = [row for row, place in self.places.items() if old.get(row, place) != place]
+        self._move([old[row] for row in moving], [self.places[row] for row in moving])
+        return seated
 
     def _move(self, old: list[int], new: list[int]):
         if not old:
@@ -164,21 +171,26 @@ class BlockCache(Cache):
 
     def look_at(self, rows: list[Row], columns: torch.LongTensor, num_visible: int | None = None):
         """Sets what the next pass writes, `columns` (R, W) of `rows`, and how many columns it sees."""
-        branches = torch.arange(self.num_branches)
-        places = torch.tensor([self.place(row) for row in rows])
-        slots = (places.unsqueeze(-1) * self.num_branches + branches).flatten()
+        slots = self._slots(rows)
         columns = columns.repeat_interleave(self.num_branches, dim=0)
         self.window.index = (slots.unsqueeze(-1) * self.num_columns + columns).flatten()
         self.window.num_visible = num_visible
+        first, count = int(slots[0]), len(slots)
+        are_neighbours = torch.equal(slots, torch.arange(first, first + count))
+        self.window.slots = slice(first, first + count) if are_neighbours else slots
+
+    def _slots(self, rows: list[Row]) -> torch.LongTensor:
+        places = torch.tensor([self.place(row) for row in rows])
+        return (places.unsqueeze(-1) * self.num_branches + torch.arange(self.num_branches)).flatten()
 
 
 class StaticBlockCache(BlockCache):
-    """A [`BlockCache`] for passes of one shape: every row keeps its own place, and all places take part always."""
+    """A [`BlockCache`] for passes of one shape: every row keeps its own place, and all places take part in these."""
 
     layer_class = StaticBlockCacheLayer
 
-    def seat(self, part: list[Row], full: list[Row]) -> list[Row]:
-        return part
+    def seat(self, groups: list[list[Row]]) -> list[list[Row]]:
+        return groups
 
     def place(self, row: Row) -> int:
         return row.index

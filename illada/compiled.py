@@ -9,7 +9,7 @@ from transformers.generation.configuration_utils import CompileConfig
 
 from .block_cache import StaticBlockCache
 from .canvas import Row
-from .prediction import BUCKET, CachedPredictor
+from .prediction import BUCKET, CachedPredictor, texts_only
 
 
 class CompiledPasses:
@@ -100,7 +100,8 @@ class CompiledPredictor(CachedPredictor):
         computed = torch.full((len(everyone), self.width), num_visible - 1)
         computed[where] = part
         self.cache.look_at(everyone, computed, num_visible)
-        return self._pass(everyone, computed, num_visible, (where[places], index), self._call_compiled)
+        attention_mask = texts_only(everyone, num_visible)
+        return self._pass(everyone, computed, attention_mask, (where[places], index), self._call_compiled)
 
     def _call_compiled(self, inputs: dict, positions: tuple[torch.LongTensor, torch.LongTensor]) -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()

@@ -47,16 +47,24 @@ def is_guided(config: MaskedDiffusionGenerationConfig) -> bool:
     return config.guidance_scale not in (None, 1)
 
 
-def groups_of_like_length(rows: list[Row]) -> list[list[int]]:
-    """The places of rows that share a full pass: none is a bucket or more shorter than the longest of its group."""
-    order = sorted(range(len(rows)), key=lambda place: -rows[place].length)
-    groups: list[list[int]] = []
-    for place in order:
-        if groups and rows[groups[-1][0]].length - rows[place].length < BUCKET:
-            groups[-1].append(place)
+def groups_of_like_length(
+    rows: list[Row], length: Callable[[Row], int] = lambda row: row.length
+) -> list[list[Row]]:
+    """Rows that share a pass: none is a bucket or more shorter than the longest of its group."""
+    order = {row: place for place, row in enumerate(rows)}
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: -length(row)):
+        if groups and length(groups[-1][0]) - length(row) < BUCKET:
+            groups[-1].append(row)
         else:
-            groups.append([place])
-    return [sorted(group) for group in groups]
+            groups.append([row])
+    return [sorted(group, key=order.__getitem__) for group in groups]
+
+
+def texts_only(rows: list[Row], num_visible: int) -> torch.BoolTensor | None:
+    """The mask (R, num_visible) under which each row sees its own text; none where that is all there is to see."""
+    lengths = torch.tensor([row.length for row in rows])
+    return None if int(lengths.min()) >= num_visible else torch.arange(num_visible) < lengths.unsqueeze(-1)
 
 
 class FullPredictor:
@@ -87,7 +95,9 @@ class FullPredictor:
         pass
 
     def logits(self, rows: list[Row], places: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
-        return self._in_groups(rows, groups_of_like_length(rows), places, columns, self._whole_texts)
+        place_of = {row: place for place, row in enumerate(rows)}
+        groups = [[place_of[row] for row in group] for group in groups_of_like_length(rows)]
+        return self._in_groups(rows, groups, places, columns, self._whole_texts)
 
     def _in_groups(self, rows, groups: list[list[int]], places, columns, run: Callable) -> torch.Tensor:
         """Logits (M, V) of `run(rows of the group, places, columns)` for each group, in the order of the positions."""
@@ -107,27 +117,23 @@ class FullPredictor:
         computed = torch.arange(width).expand(len(rows), -1)
         if self.cache is not None:
             self.cache.look_at(rows, computed)
-        return self._pass(rows, computed, width, (places, columns), self._call_model)
+        return self._pass(rows, computed, texts_only(rows, width), (places, columns), self._call_model)
 
     def _pass(
         self,
         rows: list[Row],
         computed: torch.LongTensor,
-        num_visible: int,
+        attention_mask: torch.BoolTensor | None,
         positions: tuple[torch.LongTensor, torch.LongTensor],
         call: Callable,
     ) -> torch.Tensor:
-        """Logits (M, V) of a pass that computes these columns (R, W) and sees a row's text in `num_visible` columns.
+        """Logits (M, V) of a pass that computes these columns (R, W), and sees what `attention_mask` lets it see.
 
         `positions` are rows and columns (M,) of the pass.
         """
         canvas, num_columns = self.canvas, self.canvas.tokens.shape[1]
-        lengths = [row.length for row in rows]
         index = torch.tensor([[row.index] for row in rows])
         read = index, computed.clamp(max=num_columns - 1)  # the scratch column may contain any token
-        attention_mask = None
-        if min(lengths) < num_visible:
-            attention_mask = torch.arange(num_visible) < torch.tensor(lengths).unsqueeze(-1)
         inputs = {"input_ids": canvas.tokens[read], "attention_mask": attention_mask, "position_ids": read[1]}
         if self.num_branches == 2:
             inputs = {name: x if x is None else x.repeat_interleave(2, dim=0) for name, x in inputs.items()}
@@ -175,14 +181,18 @@ class CachedPredictor(FullPredictor):
     def logits(self, rows: list[Row], places: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
         is_full = [_is_refreshed(row) for row in rows]
         full = [row for row, full in zip(rows, is_full) if full]
-        part = self.cache.seat([row for row, full in zip(rows, is_full) if not full], full)
+        for row in full:
+            self.cache.release(row)  # all of it is computed again
+        part = [row for row, full in zip(rows, is_full) if not full]
+        return self._in_seats(rows, part, groups_of_like_length(full), places, columns, self._whole_texts)
+
+    def _in_seats(self, rows, part: list[Row], others: list[list[Row]], places, columns, run: Callable) -> torch.Tensor:
+        """Logits (M, V) of a block pass for the rows of `part`, and of `run` for each group of the others."""
+        part, *others = self.cache.seat([part, *others])
         place_of = {row: place for place, row in enumerate(rows)}
-        groups = [[place_of[full[place]] for place in group] for group in groups_of_like_length(full)] if full else []
-        runs = [self._whole_texts] * len(groups)
-        if part:
-            groups.append([place_of[row] for row in part])
-            runs.append(self._blocks)
-        run = iter(runs)
+        runs = [(run, group) for group in others] + ([(self._blocks, part)] if part else [])
+        groups = [[place_of[row] for row in group] for _, group in runs]
+        run = iter([run for run, _ in runs])
         return self._in_groups(rows, groups, places, columns, lambda *arguments: next(run)(*arguments))
 
     def _blocks(self, rows: list[Row], places: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
@@ -190,7 +200,7 @@ class CachedPredictor(FullPredictor):
         computed, index = self._lay_out(rows, places, columns)
         num_visible = max(row.length for row in rows)
         self.cache.look_at(rows, computed, num_visible)
-        return self._pass(rows, computed, num_visible, (places, index), self._call_model)
+        return self._pass(rows, computed, texts_only(rows, num_visible), (places, index), self._call_model)
 
     def _lay_out(self, rows: list[Row], places, columns, width: int = 0) -> tuple[torch.LongTensor, torch.LongTensor]:
         """The columns (R, W) to compute, filled up with the scratch column, and the places of `columns` (M,) there."""

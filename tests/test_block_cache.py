@@ -195,7 +195,9 @@ def test_rows_that_come_and_go_keep_their_keys():
             full = [row for row in names if row not in part]
             full += [Row(0, None, 0, 4, 4) for _ in range(rng.randint(0, 2))]
             cache.reserve(len(part) + len(full), 5 + turn // 10)
-            part = cache.seat(part, full)
+            for row in full:
+                cache.release(row)
+            part, full = cache.seat([part, full])
             for count, row in enumerate(full):
                 names[row] = 100 * turn + count
             for rows, num_visible in ((full, None), (part, 4)):
