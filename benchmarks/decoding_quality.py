@@ -27,6 +27,7 @@ SETTINGS: dict[str, list[dict]] = {
     "quota, random": [{"remasking": "random", "max_denoising_steps": steps} for steps in (32, 8)],
     "confidence threshold": [{"confidence_threshold": value} for value in (0.99, 0.9, 0.7)],
     "confidence factor": [{"confidence_factor": value} for value in (0.1, 0.5)],
+    "Fréchet margin": [{"frechet_margin": value} for value in (0.5, 0.25)],
     "entropy bound": [{"entropy_bound": value} for value in (0.05, 0.3)],
     "block of 8": [{"block_length": 8}, {"block_length": 8, "confidence_threshold": 0.9}],
     "prefix cache": [

@@ -27,6 +27,7 @@ __all__ = [
     "ConfidenceThreshold",
     "Decision",
     "EntropyBound",
+    "FrechetMargin",
     "MAX_REMASKS",
     "Quota",
 ]
@@ -121,15 +122,38 @@ class EntropyBound(CommitRule):
         return Decision(step.best_ranked(step.quota) | take_first(order, within))
 
 
+@dataclass(frozen=True)
+class FrechetMargin(CommitRule):
+    """The quota, and the most confident positions whose tokens are together likelier than any others, by a margin.
+
+    With `c_(j)` the j-th highest confidence, the largest n with
+    `c_(1) + ... + c_(n) - (n - 1) - (1 - c_(n)) > margin` (Fast-dLLM++, arXiv 2606.02955). The first two terms are
+    Fréchet's lower bound on the probability that all n proposals are right, whatever their dependence; the last bounds
+    that of every other choice: if the left side is positive, the proposals are the arg-max of the joint distribution.
+    Of n equal confidences this is [`ConfidenceFactor`] with `factor = 1 - margin`.
+    """
+
+    margin: float
+
+    def __call__(self, step: Step) -> Decision:
+        confidence = step.confidence.masked_fill(~step.masked, -torch.inf)
+        descending, order = confidence.sort(dim=-1, descending=True, stable=True)
+        # The left side is 1 minus the doubts 1 - c_(j), the last of them counted twice, and falls with n.
+        doubts = 1 - descending
+        is_within = 1 - doubts.cumsum(-1) - doubts > self.margin
+        return Decision(step.best_ranked(step.quota) | take_first(order, is_within.sum(-1)))
+
+
 COMMIT_RULES: dict[str, Callable[..., CommitRule]] = {
     "quota": Quota,
     "confidence_threshold": ConfidenceThreshold,
     "confidence_factor": ConfidenceFactor,
     "entropy_bound": EntropyBound,
+    "frechet_margin": FrechetMargin,
 }
 """Rules by name. One that is also a setting takes the setting's value; `commit_rule="name"` takes none."""
 
-PARALLEL_RULES = ("confidence_threshold", "confidence_factor", "entropy_bound")
+PARALLEL_RULES = ("confidence_threshold", "confidence_factor", "entropy_bound", "frechet_margin")
 """Settings that name a rule by its parameter. At most one of these and `commit_rule` is set."""
 
 

@@ -32,6 +32,7 @@ PRESETS: dict[str, dict] = {
         "confidence_threshold": None,
         "confidence_factor": None,
         "entropy_bound": None,
+        "frechet_margin": None,
         "commit_rule": None,
         "block_cache": None,
         "cache_refresh_interval": None,
@@ -98,7 +99,11 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             `(n + 1) (1 - c_(n)) < factor`, where `c_(n)` is the n-th highest confidence.
         entropy_bound (`float`, *optional*):
             Nats, not negative. Each step also commits positions in ascending entropy while the entropies before each
-            add up to at most this. At most one of these three and `commit_rule` is set.
+            add up to at most this.
+        frechet_margin (`float`, *optional*):
+            In [0, 1). Each step also commits the n most confident positions while
+            `c_(1) + ... + c_(n) - (n - 1) - (1 - c_(n)) > frechet_margin`. At most one of these four and
+            `commit_rule` is set.
         commit_rule (`str` or [`CommitRule`], *optional*):
             What decides which proposals a step commits: a name in `commit_rules.COMMIT_RULES`, or a rule of your own.
         seed (`int`, *optional*):
@@ -141,6 +146,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         self.confidence_threshold: float | None = kwargs.pop("confidence_threshold", None)
         self.confidence_factor: float | None = kwargs.pop("confidence_factor", None)
         self.entropy_bound: float | None = kwargs.pop("entropy_bound", None)
+        self.frechet_margin: float | None = kwargs.pop("frechet_margin", None)
         self.commit_rule: str | CommitRule | None = kwargs.pop("commit_rule", None)
         self.seed: int | None = kwargs.pop("seed", None)
         self.defer_eos: bool | None = kwargs.pop("defer_eos", None)
@@ -301,7 +307,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             check_number(name, getattr(self, name), "in (0, 1]", lambda value: 0 < value <= 1)
         for name in ("top_p", "min_p"):
             check_number(name, getattr(self, name), "in [0, 1]", lambda value: 0 <= value <= 1)
-        for name in ("epsilon_cutoff", "eta_cutoff"):
+        for name in ("epsilon_cutoff", "eta_cutoff", "frechet_margin"):
             check_number(name, getattr(self, name), "in [0, 1)", lambda value: 0 <= value < 1)
         for name in ("confidence_factor", "repetition_penalty", "max_time"):
             check_number(name, getattr(self, name), "above 0", lambda value: value > 0)

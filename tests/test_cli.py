@@ -191,6 +191,7 @@ BAD_VALUES = {
     "--confidence-threshold": ["2", "0"],
     "--confidence-factor": ["0", "inf"],
     "--entropy-bound": ["-1"],
+    "--frechet-margin": ["-0.1", "1"],
     "--block-cache": ["both"],
     "--temperature": ["-1", "nan", "inf", "hot"],
     "--top-p": ["1.5", "0.5"],  # the second without a temperature

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import TableModel, prompt_of, table_of
 
-from illada.commit_rules import ConfidenceFactor, ConfidenceThreshold, EntropyBound, Quota, quota_of
+from illada.commit_rules import ConfidenceFactor, ConfidenceThreshold, EntropyBound, FrechetMargin, Quota, quota_of
 from illada.rankings import RANKINGS
 from illada.step import Prediction, Step
 
@@ -129,6 +129,32 @@ def test_the_entropy_bound_takes_positions_while_their_sum_is_small(bound, commi
     assert commits_of(TABLE, entropy_bound=bound) == commits
 
 
+@pytest.mark.parametrize(
+    ("margin", "commits"),
+    [
+        # Doubts 1 - c_(n), n = 1..6: .1 .1 .2 .3 .4 .5, and 1 minus their sums minus the last again:
+        #   n = 1: .8; n = 2: 1 - .2 - .1 = .7; n = 3: 1 - .4 - .2 = .4; n = 4: 1 - .7 - .3 = 0; below that negative
+        (0.85, [[2], [4], [6], [3], [5], [1]]),  # none: the quota
+        (0.75, [[2], [4], [6], [3], [5], [1]]),  # n = 1
+        (0.5, [[2, 4], [6], [3], [5], [1]]),  # n = 2; then of .2 .3 .4 .5: .6, and 1 - .5 - .3 = .2
+        (0.25, [[2, 4, 6], [3], [5], [1]]),  # n = 3; then of .3 .4 .5: .4, and 1 - .7 - .4 < 0
+        (0.15, [[2, 4, 6], [3], [5], [1]]),
+    ],
+)
+def test_the_frechet_margin_takes_the_largest_number_that_is_surely_ahead(margin, commits):
+    assert commits_of(TABLE, frechet_margin=margin) == commits
+
+
+@pytest.mark.parametrize(("doubt", "margin"), [(0.03, 0.0), (0.03, 0.25), (0.11, 0.0), (0.11, 0.5), (0.3, 0.3)])
+def test_of_equal_confidences_the_frechet_margin_is_the_factor(doubt, margin):
+    table = table_of({position: {A: 1 - doubt} for position in range(1, 41)}, 41)
+    steps = commits_of(table, frechet_margin=margin)
+    assert steps == commits_of(table, confidence_factor=1 - margin)
+    assert len(steps[0]) == max(
+        1, math.ceil((1 - margin) / doubt) - 2
+    )  # the largest n with (n + 1) doubt < 1 - margin
+
+
 def test_rules_work_with_every_ranking():
     # Quota by margin: 4 first. Threshold .65 adds 2, 3, 4, 6.
     assert commits_of(TABLE, remasking="margin", confidence_threshold=0.85) == [[2, 4], [6], [3], [5], [1]]
@@ -201,6 +227,10 @@ def commit_by_factor(confidence, masked, factor):
     return ConfidenceFactor(factor)(step_of(masked, probability=confidence)).commit & masked
 
 
+def commit_by_frechet_margin(confidence, masked, margin):
+    return FrechetMargin(margin)(step_of(masked, probability=confidence)).commit & masked
+
+
 def commit_by_entropy_bound(entropies, masked, bound):
     return EntropyBound(bound)(step_of(masked, entropy=entropies)).commit & masked
 
@@ -248,6 +278,36 @@ def test_commit_by_factor_against_brute_force_over_n(width):
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 9])
+def test_commit_by_frechet_margin_against_brute_force_over_n(width):
+    for confidence, masked in _random_rows(60, width):
+        columns = sorted(masked.nonzero().flatten().tolist(), key=lambda i: (-confidence[i].item(), i))
+        for margin in (0.0, 0.125, 0.25, 0.3, 0.5):
+            best = 0
+            for n in range(1, len(columns) + 1):
+                c = [confidence[i].item() for i in columns[:n]]
+                if sum(c) - (n - 1) - (1 - c[-1]) > margin:
+                    best = n
+            committed = commit_by_frechet_margin(confidence[None], masked[None], margin)[0]
+            assert sorted(columns[:best]) == committed.nonzero().flatten().tolist()
+
+
+def test_tokens_that_the_frechet_rule_commits_are_the_joint_arg_max():
+    """Over random joint distributions of two and three tokens: no other combination is as likely."""
+    generator, checked = torch.Generator().manual_seed(0), 0
+    for _ in range(400):
+        count = int(torch.randint(2, 4, (1,), generator=generator))
+        joint = (4 * torch.randn((3,) * count, generator=generator, dtype=torch.float64)).flatten().softmax(0)
+        joint = joint.view((3,) * count)
+        marginals = torch.stack([joint.sum([d for d in range(count) if d != axis]) for axis in range(count)])
+        best = marginals.max(-1)
+        masked = torch.ones(1, count, dtype=torch.bool)
+        if commit_by_frechet_margin(best.values[None], masked, 0.0).all():
+            checked += 1
+            assert joint[tuple(best.indices)] == joint.max()
+    assert checked > 50
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 9])
 def test_commit_by_entropy_bound_against_brute_force_over_n(width):
     for entropies, masked in _random_rows(60, width):
         columns = sorted(masked.nonzero().flatten().tolist(), key=lambda i: (entropies[i].item(), i))
@@ -265,7 +325,12 @@ def test_commit_by_entropy_bound_against_brute_force_over_n(width):
 def test_the_rows_of_a_batch_are_apart():
     rows = list(itertools.islice(_random_rows(8, 6), 8))
     values, masked = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
-    for rule, value in ((commit_by_threshold, 0.5), (commit_by_factor, 1.0), (commit_by_entropy_bound, 0.5)):
+    for rule, value in (
+        (commit_by_threshold, 0.5),
+        (commit_by_factor, 1.0),
+        (commit_by_frechet_margin, 0.25),
+        (commit_by_entropy_bound, 0.5),
+    ):
         together = rule(values, masked, value)
         alone = torch.cat([rule(values[i : i + 1], masked[i : i + 1], value) for i in range(8)])
         assert torch.equal(together, alone)
@@ -316,6 +381,8 @@ def test_rankings_are_of_the_proposal_or_of_the_distribution():
         ({"confidence_factor": 1.0}, [[1, 3], [4], [2]]),
         # 0 nats stand before the first entropy, 0.33 before the second, 0.93 before the third.
         ({"entropy_bound": 0.5}, [[1, 3], [4], [2]]),
+        # 1 - 0.1 - 0.1 = 0.8 and 1 - 0.4 - 0.3 = 0.3 exceed 0.25; with the third, 1 - 0.88 - 0.48 does not.
+        ({"frechet_margin": 0.25}, [[1, 3], [4], [2]]),
         ({"remasking": "margin"}, [[3], [1], [4], [2]]),
         ({"remasking": "entropy"}, [[3], [1], [4], [2]]),
     ],

@@ -23,6 +23,7 @@ parallel_rules = st.one_of(
     st.builds(lambda value: {"confidence_threshold": value}, st.floats(0.02, 1.0)),
     st.builds(lambda value: {"confidence_factor": value}, st.floats(0.2, 4.0)),
     st.builds(lambda value: {"entropy_bound": value}, st.floats(0.0, 8.0)),
+    st.builds(lambda value: {"frechet_margin": value}, st.floats(0.0, 0.9)),
 )
 schedules = st.fixed_dictionaries(
     {

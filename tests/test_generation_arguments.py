@@ -37,6 +37,7 @@ BAD_FIELDS = {
     "confidence_threshold": ("0.9", 0, -0.5, 2, NAN, True),
     "confidence_factor": ("1", 0, -1, INF, True),
     "entropy_bound": ("1", -1, NAN, True),
+    "frechet_margin": ("0.2", -0.1, 1, NAN, True),
     "guidance_scale": ("1", -1, NAN, True),
     # ids
     "mask_token_id": (*NOT_TOKENS, [5]),
@@ -173,6 +174,7 @@ CONFLICTS = [
     (["confidence_threshold"], {"confidence_threshold": 0.5, "confidence_factor": 0.5}),
     (["confidence_threshold"], {"confidence_threshold": 0.5, "entropy_bound": 0.5}),
     (["entropy_bound"], {"confidence_factor": 0.5, "entropy_bound": 0.5}),
+    (["entropy_bound", "frechet_margin"], {"entropy_bound": 0.5, "frechet_margin": 0.5}),
     (["tokenizer"], {"stop_strings": "a"}),
     (["tokenizer"], {"stop_strings": ["a", "b"], "tokenizer": 5}),
     (["mask_token_id"], {"mask_token_id": 2}),  # EOS
@@ -268,6 +270,7 @@ def test_a_tokenizer_alone_is_no_conflict(model):
         {"confidence_threshold": 1},  # the ends of the intervals
         {"confidence_threshold": 1e-9},
         {"entropy_bound": 0},
+        {"frechet_margin": 0},
         {"guidance_scale": 0},
         {"max_new_tokens": 61},
         {"max_new_tokens": None, "max_length": 4},

@@ -25,6 +25,7 @@ class MaskAgain(CommitRule):
         {"confidence_threshold": 0.3},
         {"confidence_factor": 1.0},
         {"entropy_bound": 1.0},
+        {"frechet_margin": 0.1},
         {"commit_rule": MaskAgain()},
         {"remasking": "margin", "defer_eos": True, "canvas": "fixed"},
         {"remasking": "random", "seed": 0},

@@ -134,6 +134,10 @@ class DecodingOptions:
     entropy_bound: Annotated[
         float | None, Option(help="Also commit tokens up to this sum of entropies, in nats.", show_default="off")
     ] = None
+    frechet_margin: Annotated[
+        float | None,
+        Option(help="Also commit n tokens provably likeliest together, by this margin.", show_default="off"),
+    ] = None
     block_cache: Annotated[
         str | None,
         Option(help="Keep keys and values in a block: prefix or dual; approximate.", show_default="off"),

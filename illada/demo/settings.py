@@ -6,7 +6,12 @@ import torch
 from ..generation_config import CANVASES, PARALLEL_RULES, PRESETS
 from ..rankings import RANKINGS
 
-RULE_RANGES = {"confidence_threshold": (1.0, 0.9), "confidence_factor": (4.0, 1.0), "entropy_bound": (4.0, 0.5)}
+RULE_RANGES = {
+    "confidence_threshold": (1.0, 0.9),
+    "confidence_factor": (4.0, 1.0),
+    "entropy_bound": (4.0, 0.5),
+    "frechet_margin": (0.99, 0.25),
+}
 """The largest value on the slider of each parallel rule, and the one that it begins with."""
 
 AS_PRESET = "as the preset"
