@@ -28,6 +28,9 @@ SETTINGS: dict[str, list[dict]] = {
     "confidence threshold": [{"confidence_threshold": value} for value in (0.99, 0.9, 0.7)],
     "confidence factor": [{"confidence_factor": value} for value in (0.1, 0.5)],
     "Fréchet margin": [{"frechet_margin": value} for value in (0.5, 0.25)],
+    "KLASS": [{"commit_rule": "klass"}],
+    "LocalLeap": [{"commit_rule": "local_leap"}],
+    "credit decoding": [{"commit_rule": "credit_decoding"}],
     "entropy bound": [{"entropy_bound": value} for value in (0.05, 0.3)],
     "block of 8": [{"block_length": 8}, {"block_length": 8, "confidence_threshold": 0.9}],
     "prefix cache": [

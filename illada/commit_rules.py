@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 import torch.nn.functional as F
 
+from .field_checks import check_integer, check_number
 from .step import Step, take_first
 
 if TYPE_CHECKING:
@@ -25,9 +26,12 @@ __all__ = [
     "CommitRule",
     "ConfidenceFactor",
     "ConfidenceThreshold",
+    "CreditDecoding",
     "Decision",
     "EntropyBound",
     "FrechetMargin",
+    "KLASS",
+    "LocalLeap",
     "MAX_REMASKS",
     "Quota",
 ]
@@ -64,6 +68,13 @@ class CommitRule:
 
     def begin(self, num_positions: int):
         """A block of `num_positions` masks opens. Only called on rules with a memory."""
+
+    def adjust(self, logits: torch.Tensor, columns: torch.LongTensor) -> torch.Tensor:
+        """Logits (M, V) to propose from and to take confidence from, instead of those of a pass; here, the same.
+
+        `columns` (M,) are those of the block in which the positions are.
+        """
+        return logits
 
     def __call__(self, step: Step) -> Decision:
         raise NotImplementedError
@@ -144,17 +155,125 @@ class FrechetMargin(CommitRule):
         return Decision(step.best_ranked(step.quota) | take_first(order, is_within.sum(-1)))
 
 
+@dataclass
+class KLASS(CommitRule):
+    """What is confident and has not moved: `c >= confidence` and `KL(p_t || p_(t-1)) < divergence` in the last passes.
+
+    If that holds for no position, the quota (arXiv 2511.05664). A position without so many passes before has moved.
+
+    Args:
+        confidence (`float`), divergence (`float`, in nats): the bounds.
+        history (`int`): how many passes in a row must stay below `divergence`.
+    """
+
+    has_memory: ClassVar[bool] = True
+    confidence: float = 0.9
+    divergence: float = 0.01
+    history: int = 2
+
+    def __post_init__(self):
+        _check_share(self, "confidence")
+        check_number("KLASS.divergence", self.divergence, "of at least 0", lambda value: value >= 0)
+        check_integer("KLASS.history", self.history, minimum=1)
+
+    def begin(self, num_positions: int):
+        self._previous, self._num_still = None, 0
+
+    def __call__(self, step: Step) -> Decision:
+        probabilities = step.prediction.logits.softmax(-1)
+        now = probabilities.new_zeros(*step.predicted.shape, probabilities.shape[-1])
+        now = now.masked_scatter(step.predicted.unsqueeze(-1), probabilities)
+        is_still = torch.zeros_like(step.masked)
+        if self._previous is not None:
+            is_still = (torch.xlogy(now, now) - torch.xlogy(now, self._previous)).sum(-1) < self.divergence
+        self._previous, self._num_still = now, (self._num_still + 1) * is_still
+        is_ready = step.masked & (step.confidence >= self.confidence) & (self._num_still >= self.history)
+        return Decision(is_ready | step.best_ranked(step.quota.masked_fill(is_ready.any(-1), 0)))
+
+
+@dataclass(frozen=True)
+class LocalLeap(CommitRule):
+    """The quota, anchors with `c >= anchor`, and what is within `radius` of an anchor with `c >= nearby`.
+
+    The context of a confident token makes its neighbours reliable sooner (arXiv 2510.07081, whose bounds these are).
+    `radius` counts positions of the text.
+    """
+
+    anchor: float = 0.9
+    nearby: float = 0.75
+    radius: int = 4
+
+    def __post_init__(self):
+        _check_share(self, "anchor", "nearby")
+        check_integer("LocalLeap.radius", self.radius, minimum=0)
+
+    def __call__(self, step: Step) -> Decision:
+        anchors = step.masked & (step.confidence >= self.anchor)
+        is_near = (step.positions.unsqueeze(-1) - step.positions.unsqueeze(-2)).abs() <= self.radius
+        has_anchor = (is_near & anchors.unsqueeze(-2)).any(-1)
+        return Decision(step.best_ranked(step.quota) | anchors | has_anchor & (step.confidence >= self.nearby))
+
+
+@dataclass
+class CreditDecoding(CommitRule):
+    """The quota, and every position whose confidence is at least `threshold`, with credit for earlier predictions.
+
+    In each pass `C <- beta C`, then `C[v] += p(v) ** gamma` for the likeliest token v of each position; tokens and
+    confidence are those of `logits + alpha log(1 + C)`. What was the likeliest token in many passes is committed
+    sooner (arXiv 2510.06133, with its parameters). Credit begins with each block; `commit_confidences` include it.
+    """
+
+    has_memory: ClassVar[bool] = True
+    threshold: float = 0.9
+    alpha: float = 0.7
+    beta: float = 0.8
+    gamma: float = 0.2
+
+    def __post_init__(self):
+        _check_share(self, "threshold", "beta")
+        for name in ("alpha", "gamma"):
+            check_number(f"CreditDecoding.{name}", getattr(self, name), "of at least 0", lambda value: value >= 0)
+
+    def begin(self, num_positions: int):
+        self._num_positions, self._credit = num_positions, None
+
+    def adjust(self, logits: torch.Tensor, columns: torch.LongTensor) -> torch.Tensor:
+        if self._credit is None:
+            self._credit = logits.new_zeros(self._num_positions, logits.shape[-1])
+        best, token = logits.softmax(-1).max(-1)
+        self._credit *= self.beta
+        self._credit[columns, token] += best**self.gamma
+        return logits + self.alpha * self._credit[columns].log1p()
+
+    def __call__(self, step: Step) -> Decision:
+        return Decision(step.best_ranked(step.quota) | (step.confidence >= self.threshold))
+
+
+def _check_share(rule: CommitRule, *names: str):
+    for name in names:
+        value = getattr(rule, name)
+        check_number(f"{type(rule).__name__}.{name}", value, "in [0, 1]", lambda value: 0 <= value <= 1)
+
+
 COMMIT_RULES: dict[str, Callable[..., CommitRule]] = {
     "quota": Quota,
     "confidence_threshold": ConfidenceThreshold,
     "confidence_factor": ConfidenceFactor,
     "entropy_bound": EntropyBound,
     "frechet_margin": FrechetMargin,
+    "klass": KLASS,
+    "local_leap": LocalLeap,
+    "credit_decoding": CreditDecoding,
 }
-"""Rules by name. One that is also a setting takes the setting's value; `commit_rule="name"` takes none."""
+"""Rules by name. One that is also a setting takes the setting's value; `commit_rule="name"` has the defaults."""
 
 PARALLEL_RULES = ("confidence_threshold", "confidence_factor", "entropy_bound", "frechet_margin")
 """Settings that name a rule by its parameter. At most one of these and `commit_rule` is set."""
+
+
+def rule_names() -> tuple[str, ...]:
+    """What `commit_rule` may name."""
+    return tuple(name for name in COMMIT_RULES if name not in PARALLEL_RULES)
 
 
 def rule_of(config: "MaskedDiffusionGenerationConfig") -> CommitRule:

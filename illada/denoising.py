@@ -92,6 +92,7 @@ class Denoiser:
         places, columns = predicted.nonzero(as_tuple=True)
         texts = self._texts(blocks, places) if self.reads_texts else None
         logits = self._process(blocks, predicted, texts, logits, requests)
+        logits = rule.adjust(logits, columns.to(self.device, non_blocking=True))
         generators = [request.generator for request in requests]
         tokens = self._propose(texts, counts, logits, generators)
         masked = blocks.masked

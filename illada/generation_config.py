@@ -6,7 +6,7 @@ from typing import Any
 from transformers.generation import GenerationConfig
 from transformers.utils import logging
 
-from .commit_rules import COMMIT_RULES, PARALLEL_RULES, CommitRule
+from .commit_rules import PARALLEL_RULES, CommitRule, rule_names
 from .field_checks import (
     check_bad_words,
     check_choice,
@@ -105,7 +105,9 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             `c_(1) + ... + c_(n) - (n - 1) - (1 - c_(n)) > frechet_margin`. At most one of these four and
             `commit_rule` is set.
         commit_rule (`str` or [`CommitRule`], *optional*):
-            What decides which proposals a step commits: a name in `commit_rules.COMMIT_RULES`, or a rule of your own.
+            What decides which proposals a step commits: `"klass"`, `"local_leap"`, `"credit_decoding"` or another name
+            in `commit_rules.COMMIT_RULES`, for the rule with its defaults; an object such as `KLASS(confidence=0.8)`;
+            or a rule of your own.
         seed (`int`, *optional*):
             Seed of sampling and of `remasking="random"`, instead of a `generator`: the first row has `seed`, the
             second `seed + 1`, and so on.
@@ -297,7 +299,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         check_choice("canvas", self.canvas, CANVASES)
         check_choice("block_cache", self.block_cache, BLOCK_CACHES)
         check_choice("remasking", self.remasking, tuple(RANKINGS))
-        names = tuple(name for name in COMMIT_RULES if name not in PARALLEL_RULES)
+        names = rule_names()
         if not (self.commit_rule is None or isinstance(self.commit_rule, CommitRule) or self.commit_rule in names):
             raise ValueError(
                 f"`commit_rule` must be a `CommitRule` object or one of {', '.join(map(repr, names))}, "

@@ -191,6 +191,7 @@ BAD_VALUES = {
     "--confidence-threshold": ["2", "0"],
     "--confidence-factor": ["0", "inf"],
     "--entropy-bound": ["-1"],
+    "--commit-rule": ["nobody", ""],
     "--frechet-margin": ["-0.1", "1"],
     "--block-cache": ["both"],
     "--temperature": ["-1", "nan", "inf", "hot"],

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import EOS, MASK, PAD, pad_left, random_model
 
+from illada.commit_rules import KLASS, CreditDecoding, LocalLeap
+
 # Derandomized: the same examples on every machine and every run.
 settings.register_profile("decoding", derandomize=True, max_examples=25, deadline=None, database=None)
 examples = settings.get_profile("decoding")
@@ -24,6 +26,14 @@ parallel_rules = st.one_of(
     st.builds(lambda value: {"confidence_factor": value}, st.floats(0.2, 4.0)),
     st.builds(lambda value: {"entropy_bound": value}, st.floats(0.0, 8.0)),
     st.builds(lambda value: {"frechet_margin": value}, st.floats(0.0, 0.9)),
+)
+named_rules = st.builds(
+    lambda rule: {"commit_rule": rule},
+    st.one_of(
+        st.builds(KLASS, st.floats(0.0, 1.0), st.floats(0.0, 3.0), st.integers(1, 3)),
+        st.builds(LocalLeap, st.floats(0.0, 1.0), st.floats(0.0, 1.0), st.integers(0, 4)),
+        st.builds(CreditDecoding, st.floats(0.0, 1.0), st.floats(0.0, 3.0), st.floats(0.0, 1.0), st.floats(0.0, 2.0)),
+    ),
 )
 schedules = st.fixed_dictionaries(
     {
@@ -48,7 +58,7 @@ def quota_of_passes(prompt: list[int], schedule: dict) -> int:
 
 
 @examples
-@given(models, batches, schedules, parallel_rules, rankings, guidance, st.booleans())
+@given(models, batches, schedules, st.one_of(parallel_rules, named_rules), rankings, guidance, st.booleans())
 def test_every_way_of_decoding_fills_the_canvas(model, batch, schedule, rule, ranking, scale, do_sample):
     steps = []
     output = model.generate(
@@ -86,7 +96,9 @@ def test_every_way_of_decoding_fills_the_canvas(model, batch, schedule, rule, ra
         if EOS in response:
             end = response.index(EOS) + 1
             assert response[end:] == [PAD] * (len(response) - end)
-            assert passes[row] <= quota_of_passes(prompt, schedule)
+            # A rule by name may leave out the quota, but not all of a pass.
+            steps_allowed = 99 if "commit_rule" in rule else schedule["max_denoising_steps"]
+            assert passes[row] <= quota_of_passes(prompt, {**schedule, "max_denoising_steps": steps_allowed})
         else:
             assert len(response) == schedule["max_new_tokens"]
         written = response.index(EOS) + 1 if EOS in response else len(response)

@@ -447,3 +447,21 @@ def test_examples_are_of_the_corpus_and_held_out(tokenizer):
     assert texts and all(encode_with_blanks(tokenizer, text, 5).count(5) >= 1 for text in texts)
     assert examples.spoiled_texts()
     assert "%" in examples.measured_accuracy() and "## " not in examples.measured_accuracy()
+
+
+def test_every_rule_of_the_page_is_one_of_generate(model):
+    gr = pytest.importorskip("gradio", reason="needs gradio")
+    from illada.commit_rules import COMMIT_RULES
+    from illada.demo.settings import Settings
+    from illada.generation_config import MaskedDiffusionGenerationConfig
+
+    with gr.Blocks():
+        settings = Settings(model)
+        names = [name for name, _ in settings.rule.choices]
+        assert set(COMMIT_RULES) < set(names)
+        for name in names:
+            slider = settings._rule_slider(name)
+            values = {component: component.value for component in settings.components}
+            arguments = settings.arguments(values | {settings.rule: name, settings.rule_value: slider.value})
+            config = MaskedDiffusionGenerationConfig.merged(None, None, **arguments)
+            assert name not in COMMIT_RULES or name in (config.commit_rule, *arguments)

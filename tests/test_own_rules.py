@@ -10,7 +10,16 @@ from tiny_models import EOS, MASK, PAD, TableModel, pad_left, prompt_of, random_
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from illada import MaskedDiffusionGenerationConfig
-from illada.commit_rules import COMMIT_RULES, MAX_REMASKS, CommitRule, ConfidenceThreshold, Decision
+from illada.commit_rules import (
+    COMMIT_RULES,
+    KLASS,
+    MAX_REMASKS,
+    CommitRule,
+    ConfidenceThreshold,
+    CreditDecoding,
+    Decision,
+    LocalLeap,
+)
 from illada.rankings import RANKINGS
 
 A, B, C, D = 6, 7, 8, 9
@@ -27,20 +36,7 @@ def documented_rules() -> dict:
     return namespace
 
 
-Klass, Reconsider = (documented_rules()[name] for name in ("Klass", "Reconsider"))
-
-
-class LocalLeap(CommitRule):
-    """The quota, anchors, and what is fairly sure within four positions of an anchor (arXiv 2510.07081)."""
-
-    def __init__(self, anchor: float, nearby: float):
-        self.anchor, self.nearby = anchor, nearby
-
-    def __call__(self, step):
-        anchors = step.confidence >= self.anchor
-        is_near = (step.positions.unsqueeze(-1) - step.positions.unsqueeze(-2)).abs() <= 4
-        has_anchor = (is_near & anchors.unsqueeze(-2)).any(-1)
-        return Decision(step.best_ranked(step.quota) | anchors | has_anchor & (step.confidence >= self.nearby))
+Settled, Reconsider = (documented_rules()[name] for name in ("Settled", "Reconsider"))
 
 
 class NeverContent(CommitRule):
@@ -53,9 +49,11 @@ class NeverContent(CommitRule):
 
 
 RULES = {
-    "memory": Klass(confidence=0.3, divergence=1.0),
+    "memory": Settled(passes=2),
     "remasks": Reconsider(confidence=0.6, bound=0.01),
-    "pure": LocalLeap(anchor=0.6, nearby=0.3),
+    "klass": KLASS(confidence=0.3, divergence=1.0),
+    "local_leap": LocalLeap(anchor=0.6, nearby=0.3),
+    "credit_decoding": CreditDecoding(threshold=0.7, alpha=3.0),
 }
 
 
@@ -86,20 +84,18 @@ def steps_of(model: TableModel, length: int, **settings) -> tuple[list, list]:
 
 
 def test_a_rule_with_a_memory_waits_for_what_moves():
-    # Position 2 changes its mind in pass 2; position 3 is never sure; 5 and 6 go while nothing has a past.
-    still = {1: {A: 0.95}, 3: {C: 0.6}, 4: {D: 0.97}, 5: {A: 0.99}, 6: {B: 0.98}}
-    first, later = (table_of({**still, 2: {token: 0.95}}, 7) for token in (A, B))
-    tokens, steps = steps_of(ModelOfPasses(first, later), 6, commit_rule=Klass(confidence=0.9, divergence=0.01))
-    # Pass 3 is the first in which the last two passes agree, and pass 4 for position 2. Until then, and when nothing
-    # qualifies, a pass commits the one that ranks highest.
-    assert [step.columns[step.committed].tolist() for step in steps] == [[5], [6], [1, 4], [2], [3]]
-    assert tokens == [A, B, C, D, A, B]
+    # Position 1 changes its mind in pass 2, the others never; 5 and 4 go as the most confident.
+    still = {2: {C: 0.55}, 3: {C: 0.6}, 4: {D: 0.7}, 5: {A: 0.8}}
+    first, later = (table_of({**still, 1: {token: 0.52}}, 6) for token in (A, B))
+    tokens, steps = steps_of(ModelOfPasses(first, later), 5, commit_rule=Settled(passes=3))
+    assert [step.columns[step.committed].tolist() for step in steps] == [[5], [4], [2, 3], [1]]
+    assert tokens == [B, C, C, D, A]
 
 
 def test_a_memory_begins_with_each_block():
     # The same distributions in both blocks: without `begin` the second block would remember the first.
     table = table_of({position: {A: 0.95} for position in range(1, 9)}, 9)
-    _, steps = steps_of(TableModel(table), 8, block_length=4, commit_rule=Klass())
+    _, steps = steps_of(TableModel(table), 8, block_length=4, commit_rule=Settled())
     assert [step.columns[step.committed].tolist() for step in steps] == [[1], [2], [3, 4], [5], [6], [7, 8]]
 
 
@@ -164,7 +160,7 @@ def test_rules_do_what_the_quota_does_not(rule):
         assert min(differences) < 0
 
 
-@pytest.mark.parametrize("rule", ["memory", "remasks"])
+@pytest.mark.parametrize("rule", ["klass", "credit_decoding", "remasks"])
 @pytest.mark.parametrize("block_cache", [None, "prefix"])
 def test_rows_that_come_and_go_share_nothing(rule, block_cache):
     model, prompts = model_of(15), [*PROMPTS, [0, 7]]
@@ -262,7 +258,7 @@ def test_a_rule_object_is_not_lost_on_saving(tmp_path):
         assert f"<{type(rule).__name__}>" in repr(config)
         with pytest.raises(ValueError, match="`commit_rule` must be a name in a config that is saved, got a `"):
             config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="`commit_rule` must be a `CommitRule` object or one of 'quota', got 3"):
+    with pytest.raises(ValueError, match="`commit_rule` must be a `CommitRule` object or one of 'quota', .*, got 3"):
         MaskedDiffusionGenerationConfig(commit_rule=3)
 
 

@@ -138,6 +138,9 @@ class DecodingOptions:
         float | None,
         Option(help="Also commit n tokens provably likeliest together, by this margin.", show_default="off"),
     ] = None
+    commit_rule: Annotated[
+        str | None, Option(help="Rule by name: klass, local_leap or credit_decoding.", show_default="off")
+    ] = None
     block_cache: Annotated[
         str | None,
         Option(help="Keep keys and values in a block: prefix or dual; approximate.", show_default="off"),

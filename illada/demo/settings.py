@@ -3,7 +3,8 @@
 import gradio as gr
 import torch
 
-from ..generation_config import CANVASES, PARALLEL_RULES, PRESETS
+from ..commit_rules import PARALLEL_RULES, rule_names
+from ..generation_config import CANVASES, PRESETS
 from ..rankings import RANKINGS
 
 RULE_RANGES = {
@@ -37,7 +38,8 @@ class Settings:
             self.temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)")
             self.seed = gr.Number(0, precision=0, label="Random seed")
         with gr.Row():
-            self.rule = gr.Dropdown([AS_PRESET, *PARALLEL_RULES], value=AS_PRESET, label="Parallel decoding rule")
+            rules = [AS_PRESET, *PARALLEL_RULES, *rule_names()]
+            self.rule = gr.Dropdown(rules, value=AS_PRESET, label="Parallel decoding rule")
             self.rule_value = gr.Slider(0, 1, 0.9, step=0.01, label="Value of the rule", elem_id="rule-value")
             self.steps = gr.Slider(0, 128, 0, step=1, label="Steps per block (0: as the preset)", elem_id="steps")
         with gr.Row():
@@ -53,7 +55,7 @@ class Settings:
     @staticmethod
     def _rule_slider(rule: str):
         maximum, value = RULE_RANGES.get(rule, (1.0, 0.9))
-        return gr.Slider(maximum=maximum, value=value)
+        return gr.Slider(maximum=maximum, value=value, interactive=rule in RULE_RANGES)
 
     @property
     def components(self) -> set:
@@ -72,8 +74,10 @@ class Settings:
             arguments["temperature"] = temperature
         if steps > 0:
             arguments["max_denoising_steps"] = steps
-        if rule != AS_PRESET:
+        if rule in PARALLEL_RULES:
             arguments[rule] = values[self.rule_value]
+        elif rule != AS_PRESET:
+            arguments["commit_rule"] = rule
         return arguments
 
     def generator(self, values: dict) -> torch.Generator:

@@ -41,6 +41,7 @@ class DecodingFields(Body):
     confidence_factor: float | None = None
     entropy_bound: float | None = None
     frechet_margin: float | None = None
+    commit_rule: str | None = None
     defer_eos: bool | None = None
     block_cache: str | None = None
     cache_refresh_interval: int | None = None
