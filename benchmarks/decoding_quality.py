@@ -36,11 +36,13 @@ SETTINGS: dict[str, list[dict]] = {
     "prefix cache": [
         {"block_cache": "prefix"},
         {"block_cache": "prefix", "cache_refresh_interval": 4},
+        {"block_cache": "prefix", "cache_refresh_entropy": 0.5},
         {"block_cache": "prefix", "confidence_threshold": 0.9},
     ],
     "dual cache": [
         {"block_cache": "dual"},
         {"block_cache": "dual", "cache_refresh_interval": 4},
+        {"block_cache": "dual", "cache_refresh_entropy": 0.5},
         {"block_cache": "dual", "confidence_threshold": 0.9},
     ],
 }

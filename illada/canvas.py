@@ -27,6 +27,7 @@ class Row:
         blocks (`Iterator`): the blocks after it.
         num_passes (`int`): passes in which the row took part.
         block_passes (`int`): those of them since the block was opened.
+        is_stale (`bool`): the last pass committed a token of more entropy than `cache_refresh_entropy`.
     """
 
     index: int
@@ -38,6 +39,7 @@ class Row:
     blocks: Iterator[torch.LongTensor] = iter(())
     num_passes: int = 0
     block_passes: int = 0
+    is_stale: bool = False
 
     @property
     def is_in_response(self) -> bool:

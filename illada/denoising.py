@@ -85,8 +85,9 @@ class Denoiser:
         """Decides for the rows of `blocks`, each with its request, from the logits of `predicted` (R, W) positions.
 
         Returns:
-            `torch.IntTensor` of shape `(4, R, W)` on the model's device: tokens, the bits of their probabilities in
-            fp32, which to commit, and which to mask again.
+            `torch.IntTensor` of shape `(5, R, W)` on the model's device: tokens, the bits of their probabilities in
+            fp32, which to commit, which to mask again, and which of those committed have more entropy than
+            `cache_refresh_entropy`.
         """
         counts = predicted.sum(-1).tolist()
         places, columns = predicted.nonzero(as_tuple=True)
@@ -120,8 +121,11 @@ class Denoiser:
         if decision.remask is not None:
             remask = decision.remask & step.predicted & ~step.masked
             remask &= (blocks.num_remasks < MAX_REMASKS).to(self.device)
+        uncertain = torch.zeros_like(commit)
+        if self.config.cache_refresh_entropy is not None:
+            uncertain = commit & (step.spread(step.prediction.entropy, 0.0) > self.config.cache_refresh_entropy)
         probability = step.probability.float().view(torch.int32)
-        return torch.stack([step.tokens.int(), probability, commit.int(), remask.int()])
+        return torch.stack([step.tokens.int(), probability, commit.int(), remask.int(), uncertain.int()])
 
     def _texts(self, blocks: ActiveBlocks, places: torch.LongTensor) -> torch.LongTensor:
         """(M, S): for each predicted position the text that it stands in."""

@@ -227,7 +227,7 @@ class Engine:
         denoiser = self.active[row].denoiser
         return id(denoiser), id(self.rules[row]), row.length if denoiser.reads_texts else None
 
-    def _write(self, blocks: ActiveBlocks, tokens, bits, commit, remask):
+    def _write(self, blocks: ActiveBlocks, tokens, bits, commit, remask, uncertain):
         """Writes what was decided for the rows of `blocks`, all (R, W) on the host; finishes those that are done."""
         masked, denoiser = blocks.masked, self.active[blocks.rows[0]].denoiser
         confidence = bits.view(torch.float32).masked_fill(~masked, torch.nan)
@@ -235,8 +235,9 @@ class Engine:
         proposals = torch.where(masked, tokens.long(), blocks.tokens)
         blocks.commit(proposals, confidence, commit.bool(), remask.bool())
         ends, is_open = blocks.first_eos(denoiser.eos_token_ids), blocks.masked.any(-1).tolist()
-        has_failed = is_broken.any(-1).tolist()
+        has_failed, is_stale = is_broken.any(-1).tolist(), uncertain.bool().any(-1).tolist()
         for place, row in enumerate(blocks.rows):
+            row.is_stale = is_stale[place]
             with self._failing([row]):
                 if has_failed[place]:
                     position = int(row.block[is_broken[place, : len(row.block)]][0])

@@ -36,6 +36,7 @@ PRESETS: dict[str, dict] = {
         "commit_rule": None,
         "block_cache": None,
         "cache_refresh_interval": None,
+        "cache_refresh_entropy": None,
         "compile": None,
         "compile_config": None,
     },
@@ -120,6 +121,9 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             nothing does). Approximate. Without it every step computes the whole canvas.
         cache_refresh_interval (`int`, *optional*):
             With a `block_cache`, compute the whole canvas again every so many steps of a block; 1 is exact.
+        cache_refresh_entropy (`float`, *optional*):
+            Positive, in nats. With a `block_cache`, compute the whole canvas in the step after one that commits a
+            token whose distribution has more entropy than this (EntropyCache, arXiv 2603.18489).
         compile (`bool`, *optional*):
             With a `block_cache`, compile the forward pass of a block once, for one shape, and use it in later calls
             of that shape; as a CUDA graph on a GPU.
@@ -154,6 +158,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         self.defer_eos: bool | None = kwargs.pop("defer_eos", None)
         self.block_cache: str | None = kwargs.pop("block_cache", None)
         self.cache_refresh_interval: int | None = kwargs.pop("cache_refresh_interval", None)
+        self.cache_refresh_entropy: float | None = kwargs.pop("cache_refresh_entropy", None)
         self.compile: bool | None = kwargs.pop("compile", None)
         self.mask_token_id: int | None = kwargs.pop("mask_token_id", None)
         self.end_think_token_ids: list[int] | None = kwargs.pop("end_think_token_ids", None)
@@ -311,7 +316,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             check_number(name, getattr(self, name), "in [0, 1]", lambda value: 0 <= value <= 1)
         for name in ("epsilon_cutoff", "eta_cutoff", "frechet_margin"):
             check_number(name, getattr(self, name), "in [0, 1)", lambda value: 0 <= value < 1)
-        for name in ("confidence_factor", "repetition_penalty", "max_time"):
+        for name in ("cache_refresh_entropy", "confidence_factor", "repetition_penalty", "max_time"):
             check_number(name, getattr(self, name), "above 0", lambda value: value > 0)
         for name in ("entropy_bound", "end_think_boost", "end_think_power", "guidance_scale", "temperature"):
             check_number(name, getattr(self, name), "of at least 0", lambda value: value >= 0)
@@ -341,6 +346,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             raise ValueError(f"At most one of {names} may be set, got {values}.")
         for name, needed in (
             ("cache_refresh_interval", "block_cache"),
+            ("cache_refresh_entropy", "block_cache"),
             ("compile", "block_cache"),
             ("compile_config", "compile"),
             ("end_think_boost", "end_think_token_ids"),

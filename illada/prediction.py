@@ -155,8 +155,9 @@ class FullPredictor:
 
 
 class CachedPredictor(FullPredictor):
-    """The first pass of a block, and every `cache_refresh_interval`-th, computes the row's whole text; the others the
-    block (`"dual"`), or the block and what follows it (`"prefix"`), over the keys and values of the last full pass.
+    """The first pass of a block, every `cache_refresh_interval`-th, and those after a commit of more entropy than
+    `cache_refresh_entropy` compute the row's whole text; the others the block (`"dual"`), or the block and what
+    follows it (`"prefix"`), over the keys and values of the last full pass.
 
     `computed` are the columns of each row's block passes.
     """
@@ -212,4 +213,5 @@ class CachedPredictor(FullPredictor):
 
 def _is_refreshed(row: Row) -> bool:
     interval = row.settings.cache_refresh_interval
-    return row.block_passes == 0 if interval is None else row.block_passes % interval == 0
+    is_due = row.block_passes == 0 if interval is None else row.block_passes % interval == 0
+    return is_due or row.is_stale

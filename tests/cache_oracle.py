@@ -62,6 +62,7 @@ def oracle_generate(
     block_length: int,
     mask_id: int,
     cache_refresh_interval: int | None = None,
+    cache_refresh_entropy: float = math.inf,
     confidence_threshold: float = 2.0,
 ) -> list[int]:
     """The row after all blocks; nothing ends early."""
@@ -74,16 +75,16 @@ def oracle_generate(
         row += [mask_id] * max_new_tokens
     for block in blocks:
         row += [mask_id] * max(0, block[-1] + 1 - len(row))
-        step = 0
+        step, is_stale = 0, False
         while any(row[i] == mask_id for i in block):
-            if step % (cache_refresh_interval or len(block) + 1) == 0:
+            if is_stale or step % (cache_refresh_interval or len(block) + 1) == 0:
                 cache, columns = [{} for _ in model.model.layers], list(range(len(row)))
             elif block_cache == "dual":
                 columns = block
             else:
                 columns = list(range(block[0], len(row)))
             logits = forward(model, row, columns, cache)
-            sure = {}
+            sure, is_stale = {}, False
             for i in block:
                 if row[i] == mask_id:
                     logits[i][mask_id] = -math.inf
@@ -93,5 +94,7 @@ def oracle_generate(
             for i, (probability, token) in sure.items():
                 if i == best or probability >= confidence_threshold:
                     row[i] = token
+                    p = logits[i].softmax(0).tolist()
+                    is_stale |= -sum(x * math.log(x) for x in p if x > 0) > cache_refresh_entropy
             step += 1
     return row

@@ -37,20 +37,29 @@ DEEP_MODELS = [random_model(seed, num_layers=3) for seed in range(3)]
 
 caches = st.sampled_from(CACHES)
 deep_models = st.sampled_from(DEEP_MODELS)
-intervals = st.sampled_from([None, None, 2, 3])
+refreshes = st.sampled_from(
+    [
+        {},
+        {},
+        {"cache_refresh_interval": 2},
+        {"cache_refresh_interval": 3},
+        {"cache_refresh_entropy": 2.8},
+        {"cache_refresh_entropy": 2.8, "cache_refresh_interval": 3},
+    ]
+)
 
 
 # Exactness
 
 
 @examples
-@given(models, batches, schedules, parallel_rules, certain_rankings, guidance, caches, intervals)
-def test_one_layer_is_exact(model, batch, schedule, rule, ranking, scale, block_cache, interval):
+@given(models, batches, schedules, parallel_rules, certain_rankings, guidance, caches, refreshes)
+def test_one_layer_is_exact(model, batch, schedule, rule, ranking, scale, block_cache, refresh):
     """Keys and values of a first layer depend on their own tokens alone, and those outside the block do not change."""
     arguments = {**pad_left(batch), **schedule, **rule, "remasking": ranking, "guidance_scale": scale}
     arguments |= {"return_dict_in_generate": True, "output_trace": True}
     exact = model.generate(**arguments)
-    cached = model.generate(**arguments, block_cache=block_cache, cache_refresh_interval=interval)
+    cached = model.generate(**arguments, block_cache=block_cache, **refresh)
     assert torch.equal(cached.sequences, exact.sequences)
     assert torch.equal(cached.num_forward_passes, exact.num_forward_passes)
     assert torch.equal(cached.commit_steps, exact.commit_steps)
@@ -58,11 +67,20 @@ def test_one_layer_is_exact(model, batch, schedule, rule, ranking, scale, block_
 
 
 @examples
-@given(deep_models, batches, schedules, parallel_rules, certain_rankings, guidance, caches)
-def test_a_refresh_at_every_step_is_exact(model, batch, schedule, rule, ranking, scale, block_cache):
+@given(
+    deep_models,
+    batches,
+    schedules,
+    parallel_rules,
+    certain_rankings,
+    guidance,
+    caches,
+    st.sampled_from([{"cache_refresh_interval": 1}, {"cache_refresh_entropy": 1e-9}]),
+)
+def test_a_refresh_at_every_step_is_exact(model, batch, schedule, rule, ranking, scale, block_cache, refresh):
     arguments = {**pad_left(batch), **schedule, **rule, "remasking": ranking, "guidance_scale": scale}
     exact = model.generate(**arguments)
-    assert torch.equal(model.generate(**arguments, block_cache=block_cache, cache_refresh_interval=1), exact)
+    assert torch.equal(model.generate(**arguments, block_cache=block_cache, **refresh), exact)
 
 
 @pytest.mark.parametrize("block_cache", CACHES)
@@ -126,7 +144,7 @@ def test_right_after_a_full_pass_a_block_pass_changes_nothing(block_cache, where
 def _oracle_settings():
     rng = random.Random(0)
     words = [token for token in range(37) if token not in (PAD, EOS, MASK)]
-    for index in range(40):
+    for index in range(60):
         prompt = [rng.choice([*words[:9], MASK] if index % 3 == 0 else words) for _ in range(rng.randint(2, 7))]
         yield (
             index % 3,
@@ -137,13 +155,14 @@ def _oracle_settings():
                 "max_new_tokens": rng.randint(2, 9),
                 "block_length": rng.randint(2, 5),
                 "cache_refresh_interval": rng.choice([None, None, 2, 3]),
+                "cache_refresh_entropy": rng.choice([None, None, 2.6, 2.9]),
                 "confidence_threshold": rng.choice([None, 0.3]),
             },
         )
 
 
 def test_cached_decoding_agrees_with_the_oracle():
-    differs_from_exact = dict.fromkeys(CACHES, 0)
+    differs = dict.fromkeys((*CACHES, "cache_refresh_entropy"), 0)
     for index, prompt, settings in _oracle_settings():
         model = DEEP_MODELS[index]
         expected = oracle_generate(
@@ -151,9 +170,36 @@ def test_cached_decoding_agrees_with_the_oracle():
         )
         arguments = {"inputs": torch.tensor([prompt]), "eos_token_id": None, "pad_token_id": PAD}
         assert model.generate(**arguments, **settings)[0].tolist() == expected, settings
-        exact = {**settings, "block_cache": None, "cache_refresh_interval": None}
-        differs_from_exact[settings["block_cache"]] += model.generate(**arguments, **exact)[0].tolist() != expected
-    assert min(differs_from_exact.values()) >= 5  # or else the cache would not have been tried
+        exact = {**settings, "block_cache": None, "cache_refresh_interval": None, "cache_refresh_entropy": None}
+        differs[settings["block_cache"]] += model.generate(**arguments, **exact)[0].tolist() != expected
+        without = {**settings, "cache_refresh_entropy": None}
+        differs["cache_refresh_entropy"] += model.generate(**arguments, **without)[0].tolist() != expected
+    assert min(differs.values()) >= 5, differs  # or else the cache, or the refresh, would not have been tried
+
+
+@pytest.mark.parametrize("block_cache", CACHES)
+def test_a_pass_of_the_whole_text_follows_a_token_of_much_entropy(block_cache):
+    """Widths of the passes against the entropies of what each committed, by a forward pass over the text then seen."""
+    model, prompt = DEEP_MODELS[0], torch.tensor([[7, 8, 9]])
+    logits, committed = [], []
+    head = model.lm_head.register_forward_hook(lambda module, inputs, output: logits.append(output.clone()))
+    passes = Passes(
+        model,
+        inputs=prompt,
+        block_cache=block_cache,
+        cache_refresh_entropy=3.02,
+        on_step=lambda step: committed.append(step.committed[step.confidence.isfinite()]),
+        max_new_tokens=18,
+        block_length=6,
+    )
+    head.remove()
+    is_full = [width > 6 for width in passes.widths]
+    for index in range(1, len(is_full)):
+        row = logits[index - 1][committed[index - 1]]
+        row[:, MASK] = -torch.inf
+        entropy = torch.distributions.Categorical(logits=row).entropy().max()
+        assert is_full[index] == (index % 6 == 0 or bool(entropy > 3.02))
+    assert 3 < sum(is_full) < len(is_full)
 
 
 @examples
@@ -165,12 +211,12 @@ def test_cached_decoding_agrees_with_the_oracle():
     certain_rankings,
     guidance,
     caches,
-    intervals,
+    refreshes,
 )
-def test_a_row_of_a_batch_is_what_it_is_alone(model, batch, schedule, rule, ranking, scale, block_cache, interval):
+def test_a_row_of_a_batch_is_what_it_is_alone(model, batch, schedule, rule, ranking, scale, block_cache, refresh):
     """Rows differ in length, blanks and the step at which they retire; their cached keys change places."""
     arguments = {**schedule, **rule, "remasking": ranking, "guidance_scale": scale, "return_dict_in_generate": True}
-    arguments |= {"block_cache": block_cache, "cache_refresh_interval": interval}
+    arguments |= {"block_cache": block_cache, **refresh}
     together = model.generate(**pad_left(batch), **arguments)
     width = max(map(len, batch))
     for row, prompt in enumerate(batch):
@@ -292,6 +338,11 @@ def test_logits_are_made_for_masked_positions_alone(mode, canvas, rule):
         ({"block_cache": True}, "`block_cache` must be one of"),
         ({"block_cache": "dual", "cache_refresh_interval": 0}, "`cache_refresh_interval` must be an integer of at le"),
         ({"cache_refresh_interval": 2}, "`cache_refresh_interval`=2 must come with `block_cache`, got None"),
+        ({"cache_refresh_entropy": 2.0}, "`cache_refresh_entropy`=2.0 must come with `block_cache`, got None"),
+        (
+            {"block_cache": "dual", "cache_refresh_entropy": 0},
+            "`cache_refresh_entropy` must be a number above 0, got 0",
+        ),
         ({"compile": True}, "`compile`=True must come with `block_cache`, got None"),
         ({"block_cache": "dual", "compile": 1}, "`compile` must be True or False, got 1"),
     ],

@@ -194,6 +194,7 @@ BAD_VALUES = {
     "--commit-rule": ["nobody", ""],
     "--frechet-margin": ["-0.1", "1"],
     "--block-cache": ["both"],
+    "--cache-refresh-entropy": ["0", "-1", "nan", "0.5"],  # the last without a cache
     "--temperature": ["-1", "nan", "inf", "hot"],
     "--top-p": ["1.5", "0.5"],  # the second without a temperature
     "--top-k": ["-1", "5"],

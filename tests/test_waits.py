@@ -34,6 +34,7 @@ class MaskAgain(CommitRule):
         {"remasking": "random", "seed": 0},
         {"do_sample": True, "temperature": 2.0, "top_p": 0.9, "top_k": 20, "seed": 0},
         {"guidance_scale": 1.5, "cache_refresh_interval": 2},
+        {"cache_refresh_entropy": 1.0},
         {"end_think_token_ids": [20, 21], "end_think_boost": 20.0},
         {"min_new_tokens": 5, "suppress_tokens": [22], "repetition_penalty": 1.2},
         {"on_step": lambda step: step.tokens.tolist()},
@@ -42,7 +43,7 @@ class MaskAgain(CommitRule):
 )
 def test_a_pass_waits_once(settings, block_cache):
     if block_cache is None:
-        settings = {name: value for name, value in settings.items() if name != "cache_refresh_interval"}
+        settings = {name: value for name, value in settings.items() if "cache" not in name}
     model = random_model(0)
     arguments = {**pad_left(PROMPTS), "max_new_tokens": 6, "block_length": 4, "pad_token_id": PAD, **settings}
     with DeviceWaits(model) as waits:

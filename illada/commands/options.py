@@ -146,6 +146,11 @@ class DecodingOptions:
         Option(help="Keep keys and values in a block: prefix or dual; approximate.", show_default="off"),
     ] = None
 
+    cache_refresh_entropy: Annotated[
+        float | None,
+        Option(help="With a cache, see all of the text again after a token of more nats.", show_default="off"),
+    ] = None
+
     def settings(self) -> dict:
         """Arguments of `generate`."""
         fields = dataclasses.asdict(self)

@@ -45,6 +45,7 @@ class DecodingFields(Body):
     defer_eos: bool | None = None
     block_cache: str | None = None
     cache_refresh_interval: int | None = None
+    cache_refresh_entropy: float | None = None
     guidance_scale: float | None = None
     repetition_penalty: float | None = None
     min_new_tokens: int | None = None
