@@ -8,6 +8,7 @@ import illada.commit_rules
 import illada.continuous_batching
 import illada.conversion
 import illada.evaluation
+import illada.generate_batch
 import illada.rankings
 import illada.step
 import illada.text.blanks
@@ -15,6 +16,7 @@ import illada.text.trace
 
 MODULES = (
     illada,
+    illada.generate_batch,
     illada.continuous_batching,
     illada.commit_rules,
     illada.rankings,

@@ -1,7 +1,7 @@
-"""Many requests through one engine: `generate_batch`, and a manager whose thread takes requests at any time.
+"""The manager of continuous batching: a thread whose engine takes requests at any time.
 
-The interface is that of Transformers' continuous batching (`ContinuousMixin`), so that code written for it runs on
-masked diffusion models. What is behind it is this package's engine: no paged cache, and a request's tokens are those
+The interface is that of Transformers' `ContinuousBatchingManager`, so that code written for it runs on masked
+diffusion models. The work is done by this package's engine: there is no paged cache, and a request's tokens are those
 that `generate` gives it, whoever else is served.
 """
 
@@ -12,22 +12,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.generation import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 from transformers.utils import logging
 
 from .adapters import check_adapters
 from .denoising import Denoiser
 from .engine import Engine, Request
 from .prompts import prepare_max_new_tokens, prepare_prompts
+from .request_output import RequestOutput, Ticket
+
+__all__ = ["ContinuousBatchingManager", "QueueFull", "RequestOutput"]
 
 logger = logging.get_logger()
 
@@ -35,70 +35,8 @@ DEFAULT_MAX_ROWS = 8
 MAX_KEPT_SETTINGS = 64
 
 
-@dataclass
-class RequestOutput(GenerationOutput):
-    """Transformers' `GenerationOutput`, and what is known of a finished request here.
-
-    Attributes:
-        num_forward_passes (`int`): forward passes in which the text took part; a guided pass counts once.
-        tokens_per_forward (`float`): tokens that were written for it, blanks and EOS included, per forward pass.
-        exception (`Exception`, *optional*): what made the request fail; `error` is its name and message.
-    """
-
-    num_forward_passes: int = 0
-    tokens_per_forward: float = 0.0
-    exception: Exception | None = None
-
-
 class QueueFull(RuntimeError):
     """More requests are waiting than a manager's `max_queue_size` allows."""
-
-
-@dataclass(eq=False)
-class _Ticket:
-    """A request under its id, and what its results are made of. It is the streamer of its request."""
-
-    request_id: str
-    deliver: Callable[[RequestOutput], None]
-    output: RequestOutput
-    is_streaming: bool
-    timestamps: list[float] | None
-    return_logprobs: bool
-    request: Request
-
-    def put(self, tokens: torch.LongTensor):
-        """Called with the prompt, and then with each piece that will not change any more."""
-        if tokens.ndim == 2:
-            return
-        now = time.perf_counter()
-        self.output.generated_tokens += tokens.tolist()
-        if self.timestamps is not None:
-            self.timestamps += [now] * len(tokens)
-        if self.is_streaming:
-            tokens = list(self.output.generated_tokens)
-            self.deliver(replace(self.output, generated_tokens=tokens, status=RequestStatus.DECODING))
-
-    def end(self):
-        pass
-
-    def finish(self, request: Request):
-        """Delivers the last result: the text, or what made the request fail."""
-        output = self.output
-        output.lifespan = (output.lifespan[0], time.perf_counter())
-        output.timestamps = self.timestamps
-        if request.error is not None:
-            output.error, output.status = f"{type(request.error).__name__}: {request.error}", RequestStatus.FAILED
-            output.exception = request.error
-        else:
-            prompt_length, result = len(request.prompt), request.result
-            output.prompt_ids = result.tokens[:prompt_length].tolist()
-            output.generated_tokens = result.tokens[prompt_length:].tolist()
-            output.num_forward_passes = result.num_forward_passes
-            output.tokens_per_forward = int((~result.given).sum()) / max(result.num_forward_passes, 1)
-            if self.return_logprobs:
-                output.logprobs = result.commit_confidences[prompt_length:].log().tolist()
-            output.status = RequestStatus.FINISHED
-        self.deliver(output)
 
 
 class ContinuousBatchingManager:
@@ -133,7 +71,7 @@ class ContinuousBatchingManager:
         self._seeds.seed() if self.config.seed is None else self._seeds.manual_seed(self.config.seed)
         self._denoisers: dict[str, Denoiser] = {}
         self._counter = itertools.count()
-        self._tickets: dict[str, _Ticket] = {}
+        self._tickets: dict[str, Ticket] = {}
         self._arrivals: list[Request] = []
         self._cancelled: set[Request] = set()
         self._results: deque[RequestOutput] = deque()
@@ -186,7 +124,7 @@ class ContinuousBatchingManager:
             now = time.perf_counter()
             output = RequestOutput(name, prompt_ids=request.prompt.tolist(), created_time=now, lifespan=(now, -1))
             timestamps = [] if record_timestamps else None
-            ticket = _Ticket(name, self._deliver, output, streaming, timestamps, self.config.return_logprobs, request)
+            ticket = Ticket(name, self._deliver, output, streaming, timestamps, self.config.return_logprobs, request)
             request.streamer = ticket if streaming or record_timestamps else None
             request.on_done = self._on_done(ticket)
             tickets.append(ticket)
@@ -307,7 +245,7 @@ class ContinuousBatchingManager:
 
     # Results
 
-    def _on_done(self, ticket: _Ticket) -> Callable[[Request], None]:
+    def _on_done(self, ticket: Ticket) -> Callable[[Request], None]:
         def on_done(request: Request):
             with self._changed:
                 if self._tickets.get(ticket.request_id) is not ticket:
@@ -465,96 +403,3 @@ class ContinuousBatchingManager:
                 request.on_done(request)
         with self._changed:
             self._changed.notify_all()
-
-
-class ContinuousBatchingMixin:
-    """Transformers' three ways to continuous batching, over this package's engine."""
-
-    def init_continuous_batching(
-        self,
-        generation_config: GenerationConfig | None = None,
-        continuous_batching_config: ContinuousBatchingConfig | None = None,
-        workload_hints=None,
-    ) -> ContinuousBatchingManager:
-        """A manager that takes requests at any time, once it is started.
-
-        Args:
-            generation_config (`GenerationConfig`, *optional*): settings of all requests.
-            continuous_batching_config (`ContinuousBatchingConfig`, *optional*): see [`ContinuousBatchingManager`].
-            workload_hints: not needed.
-        """
-        cached = getattr(self, "_cached_continuous_batching_manager", None)
-        if cached is not None:
-            return cached
-        return ContinuousBatchingManager(self, generation_config, continuous_batching_config)
-
-    def destroy_cached_continuous_batching_manager(self):
-        """Ends the manager that a session has left for the next."""
-        cached = self.__dict__.pop("_cached_continuous_batching_manager", None)
-        if cached is not None:
-            cached.destroy()
-
-    @contextmanager
-    def continuous_batching_context_manager(
-        self,
-        generation_config: GenerationConfig | None = None,
-        block: bool = True,
-        timeout: float | None = None,
-        continuous_batching_config: ContinuousBatchingConfig | None = None,
-        persistent_manager: bool = False,
-        warmup: bool = True,
-        workload_hints=None,
-    ) -> Iterator[ContinuousBatchingManager]:
-        """A manager that is started, and at the end of the `with` writes what is in line and stops."""
-        manager = self.init_continuous_batching(generation_config, continuous_batching_config)
-        manager.start()
-        try:
-            yield manager
-        finally:
-            manager.stop(block=block, timeout=timeout, keep_for_next_session=persistent_manager)
-            if not persistent_manager and not manager.is_running():
-                manager.destroy()
-
-    def generate_batch(
-        self,
-        inputs: list[list[int]],
-        generation_config: GenerationConfig | None = None,
-        continuous_batching_config: ContinuousBatchingConfig | None = None,
-        record_timestamps: bool = False,
-        progress_bar: bool = False,
-        persistent_manager: bool = False,
-        warmup: bool = True,
-        **settings,
-    ) -> dict[str, RequestOutput]:
-        """Writes many prompts, in rows that are free for the next as soon as a text is done.
-
-        Args:
-            inputs (`list[list[int]]`): prompts as token ids, without padding.
-            generation_config, continuous_batching_config: as in `init_continuous_batching`.
-            record_timestamps (`bool`): see [`ContinuousBatchingManager.add_request`].
-            progress_bar (`bool`): whether to show one.
-            settings: fields of [`MaskedDiffusionGenerationConfig`] and arguments of `add_request`. With a `seed`, the
-                first prompt has it, the second `seed + 1`, and so on, as in `generate`.
-
-        Returns:
-            `dict[str, RequestOutput]`: by request id, in the order of `inputs`, further samples of a prompt before
-            its own id. A request that failed has an `error`; the others are not touched by it.
-
-        Raises:
-            ValueError: if an argument is bad, before the first pass.
-        """
-        if not inputs:
-            return {}
-        manager = ContinuousBatchingManager(self, generation_config, continuous_batching_config)
-        count, seed = settings.get("num_return_sequences") or manager.num_return_sequences, settings.pop("seed", None)
-        for index, input_ids in enumerate(inputs):
-            own = {} if seed is None else {"seed": seed + index * count}
-            manager.add_request(input_ids, record_timestamps=record_timestamps, **settings, **own)
-        order = list(manager._tickets)
-        try:
-            with tqdm(total=len(order), disable=not progress_bar, unit="request") as bar:
-                manager.run(lambda: bar.update(len(manager._results) - bar.n))
-        finally:
-            manager.destroy()
-        results = {output.request_id: output for output in manager._results}
-        return {request_id: results[request_id] for request_id in order}

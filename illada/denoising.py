@@ -27,6 +27,7 @@ class DenoisingStep:
         committed (`torch.BoolTensor` of shape `(N,)`): the positions that the pass committed.
         confidence (`torch.FloatTensor` of shape `(N,)`): probability of each prediction; NaN where there was none.
         num_forward_passes (`int`): passes in which the text has taken part, this one included.
+        remasked (`torch.BoolTensor` of shape `(N,)`): the positions that the pass masked again.
     """
 
     row: int
@@ -36,6 +37,7 @@ class DenoisingStep:
     committed: torch.BoolTensor
     confidence: torch.FloatTensor
     num_forward_passes: int
+    remasked: torch.BoolTensor
 
 
 @dataclass(eq=False)

@@ -18,12 +18,15 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
+from transformers.utils import logging
 
 from .canvas import ActiveBlocks, Canvas, Row
 from .commit_rules import CommitRule
 from .denoising import Denoiser, DenoisingStep
 from .logits import non_finite_logits
 from .prediction import Predictor, predictor_key
+
+logger = logging.get_logger()
 
 
 @dataclass
@@ -58,7 +61,8 @@ class Request:
             stop strings see the response only.
         streamer (*optional*): receives the prompt, each settled block, and drafts if it has `put_draft`.
         on_step (`Callable`, *optional*): called with a [`DenoisingStep`] after each pass.
-        on_done (`Callable`, *optional*): called with the request once it is finished or has failed.
+        on_done (`Callable`, *optional*): called with the request once it is finished or has failed. What it raises is
+            logged, and changes nothing.
         index (`int`): the request's place among those of a call, for `on_step`.
 
     Attributes:
@@ -243,16 +247,16 @@ class Engine:
                     position = int(row.block[is_broken[place, : len(row.block)]][0])
                     raise non_finite_logits(f"position {position}", denoiser.dtype)
                 seen = slice(len(row.block))
-                self._tell(row, proposals[place, seen], commit[place, seen].bool(), confidence[place, seen])
+                changes = (changes[place, seen].bool() for changes in (commit, remask))
+                self._tell(row, proposals[place, seen], confidence[place, seen], *changes)
                 self._finish_or_go_on(row, ends[place], is_open[place])
 
-    def _tell(self, row: Row, proposals, committed, confidence):
+    def _tell(self, row: Row, proposals, confidence, committed, remasked):
         request = self.active[row]
         if request.on_step is not None:
             text = self.canvas.text(row).clone()
-            request.on_step(
-                DenoisingStep(request.index, row.block, text, proposals, committed, confidence, row.num_passes)
-            )
+            step = request.index, row.block, text, proposals, committed, confidence, row.num_passes, remasked
+            request.on_step(DenoisingStep(*step))
         if hasattr(request.streamer, "put_draft"):
             draft = self.canvas.text(row, row.prompt_length).clone()
             if row.is_in_response:
@@ -314,8 +318,7 @@ class Engine:
         tokens, given, steps, confidences = (values[row.index, :end].clone() for values in texts)
         request.result = RequestResult(tokens, given, row.num_passes, steps, confidences)
         self._leave(row)
-        if request.on_done is not None:
-            request.on_done(request)
+        _tell_it_is_done(request)
 
     def _leave(self, row: Row):
         request = self.active.pop(row)
@@ -335,8 +338,16 @@ class Engine:
                     request = self.active[row]
                     request.error = error
                     self._leave(row)
-                    if request.on_done is not None:
-                        request.on_done(request)
+                    _tell_it_is_done(request)
+
+
+def _tell_it_is_done(request: Request):
+    if request.on_done is None:
+        return
+    try:
+        request.on_done(request)
+    except Exception as error:  # the request is over: there is nobody else to tell
+        logger.error("`on_done` of a request raised %r.", error, exc_info=True)
 
 
 def _grouped(items: Iterable, key: Callable) -> dict:

@@ -8,6 +8,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -27,10 +28,10 @@ from .adapters import check_adapters
 from .canvas import Canvas
 from .commit_rules import rule_of
 from .compiled import CompiledPredictor
-from .continuous_batching import ContinuousBatchingMixin
 from .denoising import Denoiser, DenoisingStep
 from .end_of_thinking import EndOfThinkingBoost
 from .engine import Engine, Request, RequestResult
+from .generate_batch import ContinuousBatchingMixin
 from .generation_config import MaskedDiffusionGenerationConfig
 from .inherited import RefusesWritingFromLeftToRight, check_pipeline
 from .prediction import CachedPredictor, FullPredictor, Predictor, is_guided
@@ -346,7 +347,8 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
                 raise ValueError(
                     f"`tokenizer` must be passed with `stop_strings`={config.stop_strings!r}, got {tokenizer!r}."
                 )
-            criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
+            strings = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings
+            criteria.append(_stop_string_criterion(tokenizer, tuple(strings)))
         return criteria
 
     def _prepare_denoiser(
@@ -415,6 +417,12 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
         if config.compile:
             return CompiledPredictor(*arguments, config.compile_config or CompileConfig(dynamic=False))
         return FullPredictor(*arguments) if config.block_cache is None else CachedPredictor(*arguments)
+
+
+@lru_cache(maxsize=64)
+def _stop_string_criterion(tokenizer: PreTrainedTokenizerBase, stop_strings: tuple[str, ...]) -> StopStringCriteria:
+    """Requests of one tokenizer and the same strings share it: making it goes through the whole vocabulary."""
+    return StopStringCriteria(tokenizer, list(stop_strings))
 
 
 def _gather(

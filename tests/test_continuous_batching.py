@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -12,6 +13,8 @@ from conftest import FIXTURES
 from tiny_models import EOS, MASK, PAD, random_model, tiny_tokenizer
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import RequestStatus
+
+from illada.continuous_batching import QueueFull
 
 PROMPTS = [[7, 8, 9], [10], [11, MASK, 13, 14, MASK], [15, 16], [7] * 9, [12, 13]]
 SETTINGS = {"max_new_tokens": 12, "block_length": 4, "pad_token_id": PAD}
@@ -200,6 +203,54 @@ def test_what_is_waiting_is_bounded(model):
     manager._step()
     with pytest.raises(RuntimeError, match="`max_queue_size`=2"):
         manager.add_request(PROMPTS[0], **SETTINGS)
+
+
+def test_what_has_arrived_during_a_pass_is_waiting_too(model):
+    config = ContinuousBatchingConfig(max_queue_size=2, max_requests_per_batch=1)
+    manager = model.init_continuous_batching(continuous_batching_config=config)
+    manager.add_requests(PROMPTS[:2], **SETTINGS)  # no pass has taken them in yet
+    with pytest.raises(QueueFull, match="`max_queue_size`=2 requests may wait, and 2 do already"):
+        manager.add_request(PROMPTS[3], **SETTINGS)
+    manager.cancel_request("req_0")
+    manager.add_request(PROMPTS[3], "instead", **SETTINGS)
+    manager.run()
+    assert [output.request_id for output in manager._results] == ["req_1", "instead"]
+
+
+def test_a_fault_of_the_thread_ends_every_request_and_is_told(model, monkeypatch):
+    manager = model.init_continuous_batching()
+    manager.add_requests(PROMPTS[:2], **SETTINGS)
+    monkeypatch.setattr(manager.engine, "step", lambda: 1 / 0)
+    manager.start()
+    results = [manager.get_result(timeout=60) for _ in range(2)]
+    manager.join()
+    assert [output.error for output in results] == ["ZeroDivisionError: division by zero"] * 2
+    assert isinstance(manager.background_thread_status.fatal_error, ZeroDivisionError)
+    with pytest.raises(RuntimeError, match="takes no more requests"):
+        manager.add_request(PROMPTS[0], **SETTINGS)
+    assert manager.get_result("req_0") is None  # and nobody waits for ever
+
+
+def test_what_on_done_raises_is_logged_and_stops_nobody(model, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    manager = model.init_continuous_batching()
+    (request,) = manager.prepare(PROMPTS[0], **SETTINGS)
+    request.on_done = lambda request: 1 / 0
+    manager.submit([request])
+    manager.add_request(PROMPTS[1], "other", **SETTINGS)
+    manager.run()
+    assert request.result is not None and request.error is None
+    check(manager._results, model, [PROMPTS[1]])
+    assert "`on_done` of a request raised ZeroDivisionError" in caplog.text
+
+
+def test_requests_with_the_same_stop_strings_share_the_search(model):
+    tokenizer, manager = tiny_tokenizer(), model.init_continuous_batching()
+    criteria = [
+        manager.prepare(PROMPTS[0], tokenizer, **SETTINGS, stop_strings=strings)[0].stopping_criteria[0]
+        for strings in ("ab", ["ab"], ["ab", "c"])
+    ]
+    assert criteria[0] is criteria[1] and criteria[1] is not criteria[2]
 
 
 def test_a_stop_writes_what_is_in_line_and_a_hard_stop_makes_it_fail(model):

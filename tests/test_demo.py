@@ -384,6 +384,7 @@ def test_live_tokens_show_nothing_after_the_end(tokenizer):
         committed=torch.tensor([True, False, True, True, False]),
         confidence=torch.tensor([0.9, 0.5, 0.9, 0.9, 0.5]),
         num_forward_passes=1,
+        remasked=torch.zeros(5, dtype=torch.bool),
     )
     assert [token["step"] for token in live(step)] == [1, None, 1]
 
