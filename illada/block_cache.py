@@ -5,8 +5,7 @@ back. A *full* pass, of whole texts, leaves them here; a *block* pass runs on th
 writes theirs in place and sees everything.
 
 This is an approximation: under attention in both directions the keys of a prefix depend on the block after it, and
-here they stay as they were in the last full pass (Fast-dLLM, arXiv 2505.22618: prefix cache and dual cache), or as they
-were before the block was there (`"frozen"`, see `frozen.py`).
+here they stay as they were in the last full pass (Fast-dLLM, arXiv 2505.22618: prefix cache and dual cache).
 """
 
 from dataclasses import dataclass

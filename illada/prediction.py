@@ -47,9 +47,7 @@ def is_guided(config: MaskedDiffusionGenerationConfig) -> bool:
     return config.guidance_scale not in (None, 1)
 
 
-def groups_of_like_length(
-    rows: list[Row], length: Callable[[Row], int] = lambda row: row.length
-) -> list[list[Row]]:
+def groups_of_like_length(rows: list[Row], length: Callable[[Row], int] = lambda row: row.length) -> list[list[Row]]:
     """Rows that share a pass: none is a bucket or more shorter than the longest of its group."""
     order = {row: place for place, row in enumerate(rows)}
     groups: list[list[Row]] = []
@@ -187,7 +185,9 @@ class CachedPredictor(FullPredictor):
         part = [row for row, full in zip(rows, is_full) if not full]
         return self._in_seats(rows, part, groups_of_like_length(full), places, columns, self._whole_texts)
 
-    def _in_seats(self, rows, part: list[Row], others: list[list[Row]], places, columns, run: Callable) -> torch.Tensor:
+    def _in_seats(
+        self, rows: list[Row], part: list[Row], others: list[list[Row]], places, columns, run: Callable
+    ) -> torch.Tensor:
         """Logits (M, V) of a block pass for the rows of `part`, and of `run` for each group of the others."""
         part, *others = self.cache.seat([part, *others])
         place_of = {row: place for place, row in enumerate(rows)}

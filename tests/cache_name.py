@@ -43,7 +43,7 @@ def largest_difference() -> float:
     positions = torch.arange(6).expand(2, -1)
     differences = []
     with torch.no_grad():
-        cache.seat([], rows)
+        cache.seat([rows])
         for columns in (positions, positions[:, 2:4]):
             cache.look_at(rows, columns, None if columns is positions else 6)
             for name in ("past_key_values", "cache"):
