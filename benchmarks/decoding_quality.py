@@ -31,6 +31,8 @@ SETTINGS: dict[str, list[dict]] = {
     "KLASS": [{"commit_rule": "klass"}],
     "LocalLeap": [{"commit_rule": "local_leap"}],
     "credit decoding": [{"commit_rule": "credit_decoding"}],
+    "T2M": [{"commit_rule": "t2m"}],
+    "WINO": [{"commit_rule": "wino"}],
     "entropy bound": [{"entropy_bound": value} for value in (0.05, 0.3)],
     "block of 8": [{"block_length": 8}, {"block_length": 8, "confidence_threshold": 0.9}],
     "prefix cache": [

@@ -3,7 +3,7 @@
 A rule is an object. At the start of each block `begin` is called, and after each pass the rule itself, with a
 [`Step`]. It answers with a [`Decision`]; what it leaves out stays masked and is predicted again with more context.
 The loop adds what no rule may break: only masked positions are committed, every pass commits at least one position of
-each row, and a position that was masked again [`MAX_REMASKS`] times stays as it is.
+each row, and a position that was masked again `max_remasks` times stays as it is.
 
 A rule of your own is handed to `generate(commit_rule=...)`, or registered in [`COMMIT_RULES`] under a name.
 """
@@ -34,10 +34,12 @@ __all__ = [
     "LocalLeap",
     "MAX_REMASKS",
     "Quota",
+    "T2M",
+    "WINO",
 ]
 
 MAX_REMASKS = 3
-"""How often a position of a block may be masked again: with it every block comes to an end."""
+"""How often a position of a block may be masked again, unless a rule says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,17 @@ class CommitRule:
             is always 1. Without, one rule decides for all rows with its settings, and must be a pure function.
         may_remask (`bool`): the rule may mask again. Its steps have predictions at the block's committed positions
             too, and its rows end at the end of a block.
+        has_shadows (`bool`): those predictions are of *shadow columns*: each is a [MASK] at the committed position,
+            which sees all of the text but that position, and which nothing else sees. Without, they are of the
+            committed token's own column, which has the token in view.
+        max_remasks (`int`): how often a position may be masked again. A block of N masks thus takes at most
+            `N (1 + max_remasks)` passes.
     """
 
     has_memory: ClassVar[bool] = False
     may_remask: ClassVar[bool] = False
+    has_shadows: ClassVar[bool] = False
+    max_remasks: ClassVar[int] = MAX_REMASKS
 
     def begin(self, num_positions: int):
         """A block of `num_positions` masks opens. Only called on rules with a memory."""
@@ -249,6 +258,64 @@ class CreditDecoding(CommitRule):
         return Decision(step.best_ranked(step.quota) | (step.confidence >= self.threshold))
 
 
+@dataclass(frozen=True)
+class T2M(CommitRule):
+    """The quota and `c >= threshold`; a committed token is masked again where all else makes it improbable.
+
+    "Token to mask" (arXiv 2604.18738, 2605.26436): a token is masked again, and not replaced, where its probability is
+    below `bound`, at most `max_remasks` times a position. The published probability is that of the token's own column,
+    from a model that was trained to judge the tokens in view; here it is that of a shadow column, since iLLaDA and
+    LLaDA were trained on masked positions only.
+    """
+
+    may_remask: ClassVar[bool] = True
+    has_shadows: ClassVar[bool] = True
+    threshold: float = 0.9
+    bound: float = 0.1
+    max_remasks: int = MAX_REMASKS
+
+    def __post_init__(self):
+        _check_share(self, "threshold", "bound")
+        check_integer("T2M.max_remasks", self.max_remasks, minimum=0)
+
+    def __call__(self, step: Step) -> Decision:
+        commit = step.best_ranked(step.quota) | (step.confidence >= self.threshold)
+        return Decision(commit, remask=step.probability < self.bound)
+
+
+@dataclass
+class WINO(CommitRule):
+    """Wide in, narrow out: drafts the quota and `c > draft`, and masks again what is not verified by `p >= verify`.
+
+    `p` is the probability of a committed token of the block in its shadow column (arXiv 2507.18578, with its bounds).
+    A pass masks again at most one position fewer than the last pass committed, the least probable first, so that a
+    block never takes more passes than one token at a time. Here a shadow column sees no other one, in the published
+    code all of them.
+    """
+
+    has_memory: ClassVar[bool] = True
+    may_remask: ClassVar[bool] = True
+    has_shadows: ClassVar[bool] = True
+    draft: float = 0.6
+    verify: float = 0.9
+
+    def __post_init__(self):
+        _check_share(self, "draft", "verify")
+
+    def begin(self, num_positions: int):
+        self._num_committed = None
+
+    def __call__(self, step: Step) -> Decision:
+        commit = step.best_ranked(step.quota) | step.masked & (step.confidence > self.draft)
+        is_doubtful = step.predicted & ~step.masked & (step.probability < self.verify)
+        if self._num_committed is None:
+            self._num_committed = torch.zeros_like(step.quota)
+        least_probable = step.probability.masked_fill(~is_doubtful, torch.inf).argsort(dim=-1, stable=True)
+        remask = is_doubtful & take_first(least_probable, self._num_committed - 1)
+        self._num_committed = commit.sum(-1)
+        return Decision(commit, remask)
+
+
 def _check_share(rule: CommitRule, *names: str):
     for name in names:
         value = getattr(rule, name)
@@ -264,6 +331,8 @@ COMMIT_RULES: dict[str, Callable[..., CommitRule]] = {
     "klass": KLASS,
     "local_leap": LocalLeap,
     "credit_decoding": CreditDecoding,
+    "t2m": T2M,
+    "wino": WINO,
 }
 """Rules by name. One that is also a setting takes the setting's value; `commit_rule="name"` has the defaults."""
 

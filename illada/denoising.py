@@ -8,7 +8,7 @@ import torch
 from transformers.generation import LogitsProcessorList
 
 from .canvas import ActiveBlocks, Row
-from .commit_rules import MAX_REMASKS, CommitRule, Decision, quota_of
+from .commit_rules import CommitRule, Decision, quota_of
 from .end_of_thinking import EndOfThinkingBoost
 from .generation_config import MaskedDiffusionGenerationConfig
 from .logits import forbid_mask
@@ -122,7 +122,7 @@ class Denoiser:
         remask = torch.zeros_like(commit)
         if decision.remask is not None:
             remask = decision.remask & step.predicted & ~step.masked
-            remask &= (blocks.num_remasks < MAX_REMASKS).to(self.device)
+            remask &= (blocks.num_remasks < rule.max_remasks).to(self.device)
         uncertain = torch.zeros_like(commit)
         if self.config.cache_refresh_entropy is not None:
             uncertain = commit & (step.spread(step.prediction.entropy, 0.0) > self.config.cache_refresh_entropy)

@@ -45,6 +45,7 @@ from .revision import (
     least_likely,
     leave_one_out_confidences,
 )
+from .shadows import CachedPredictorWithShadows, FullPredictorWithShadows
 
 
 @dataclass
@@ -320,6 +321,12 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
             if getattr(config, name) is None:
                 raise ValueError(f"`{name}` must be set in the model's config or passed to `generate`, got None.")
         config.validate()
+        attention = self.config._attn_implementation
+        if rule_of(config).has_shadows and attention not in ("sdpa", "eager"):
+            raise ValueError(
+                f"`commit_rule`={config.commit_rule!r} must come with 'sdpa' or 'eager' attention, for its shadow "
+                f"columns, got {attention!r}."
+            )
         for name, ids in (
             ("mask_token_id", [config.mask_token_id]),
             ("pad_token_id", [config.pad_token_id]),
@@ -416,7 +423,11 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
         arguments = self, canvas, self._execution_device, 2 if is_guided(config) else 1
         if config.compile:
             return CompiledPredictor(*arguments, config.compile_config or CompileConfig(dynamic=False))
-        return FullPredictor(*arguments) if config.block_cache is None else CachedPredictor(*arguments)
+        if rule_of(config).has_shadows:
+            kind = FullPredictorWithShadows if config.block_cache is None else CachedPredictorWithShadows
+        else:
+            kind = FullPredictor if config.block_cache is None else CachedPredictor
+        return kind(*arguments)
 
 
 @lru_cache(maxsize=64)

@@ -6,7 +6,7 @@ from typing import Any
 from transformers.generation import GenerationConfig
 from transformers.utils import logging
 
-from .commit_rules import PARALLEL_RULES, CommitRule, rule_names
+from .commit_rules import PARALLEL_RULES, CommitRule, rule_names, rule_of
 from .field_checks import (
     check_bad_words,
     check_choice,
@@ -106,9 +106,9 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             `c_(1) + ... + c_(n) - (n - 1) - (1 - c_(n)) > frechet_margin`. At most one of these four and
             `commit_rule` is set.
         commit_rule (`str` or [`CommitRule`], *optional*):
-            What decides which proposals a step commits: `"klass"`, `"local_leap"`, `"credit_decoding"` or another name
-            in `commit_rules.COMMIT_RULES`, for the rule with its defaults; an object such as `KLASS(confidence=0.8)`;
-            or a rule of your own.
+            What decides which proposals a step commits: `"klass"`, `"local_leap"`, `"credit_decoding"`, `"t2m"`,
+            `"wino"` or another name in `commit_rules.COMMIT_RULES`, for the rule with its defaults; an object such as
+            `KLASS(confidence=0.8)`; or a rule of your own.
         seed (`int`, *optional*):
             Seed of sampling and of `remasking="random"`, instead of a `generator`: the first row has `seed`, the
             second `seed + 1`, and so on.
@@ -344,6 +344,11 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         if len(values) > 1:
             names = ", ".join(f"`{name}`" for name in rules)
             raise ValueError(f"At most one of {names} may be set, got {values}.")
+        if self.compile and rule_of(self).has_shadows:
+            raise ValueError(
+                f"`compile` must be unset with `commit_rule`={self.commit_rule!r}, whose shadow columns have no fixed "
+                "shape, got True."
+            )
         for name, needed in (
             ("cache_refresh_interval", "block_cache"),
             ("cache_refresh_entropy", "block_cache"),

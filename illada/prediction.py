@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from .block_cache import BlockCache
 from .canvas import Canvas, Row
+from .commit_rules import rule_of
 from .generation_config import MaskedDiffusionGenerationConfig
 from .logits import guide, promote
 
@@ -40,7 +41,8 @@ class Predictor(Protocol):
 
 def predictor_key(config: MaskedDiffusionGenerationConfig) -> tuple:
     """Rows of equal keys share a predictor."""
-    return config.block_cache, is_guided(config), str(config.compile_config) if config.compile else None
+    compiled = str(config.compile_config) if config.compile else None
+    return config.block_cache, is_guided(config), compiled, rule_of(config).has_shadows
 
 
 def is_guided(config: MaskedDiffusionGenerationConfig) -> bool:
@@ -124,18 +126,25 @@ class FullPredictor:
         attention_mask: torch.BoolTensor | None,
         positions: tuple[torch.LongTensor, torch.LongTensor],
         call: Callable,
+        shadows: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """Logits (M, V) of a pass that computes these columns (R, W), and sees what `attention_mask` lets it see.
 
-        `positions` are rows and columns (M,) of the pass.
+        `positions` are rows and columns (M,) of the pass. `shadows` (R, W') are further columns, each with a [MASK] in
+        the place of one of the text.
         """
         canvas, num_columns = self.canvas, self.canvas.tokens.shape[1]
         index = torch.tensor([[row.index] for row in rows])
         read = index, computed.clamp(max=num_columns - 1)  # the scratch column may contain any token
-        inputs = {"input_ids": canvas.tokens[read], "attention_mask": attention_mask, "position_ids": read[1]}
+        tokens, given, position_ids = canvas.tokens[read], canvas.given[read], read[1]
+        if shadows is not None:
+            tokens = F.pad(tokens, (0, shadows.shape[1]), value=canvas.mask_token_id)
+            given = F.pad(given, (0, shadows.shape[1]), value=False)
+            position_ids = torch.cat([position_ids, shadows], dim=-1)
+        inputs = {"input_ids": tokens, "attention_mask": attention_mask, "position_ids": position_ids}
         if self.num_branches == 2:
             inputs = {name: x if x is None else x.repeat_interleave(2, dim=0) for name, x in inputs.items()}
-            inputs["input_ids"][1::2].masked_fill_(canvas.given[read], canvas.mask_token_id)
+            inputs["input_ids"][1::2].masked_fill_(given, canvas.mask_token_id)
             scales = torch.tensor([row.settings.guidance_scale for row in rows])[positions[0]].unsqueeze(-1)
             positions = tuple(
                 torch.cat(pair) for pair in ((2 * positions[0], 2 * positions[0] + 1), (positions[1], positions[1]))

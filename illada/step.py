@@ -50,7 +50,7 @@ class Step:
         positions (`torch.LongTensor`): where in its text each position of the block is; 0 in empty columns.
         masked (`torch.BoolTensor`): positions that are still to be decided.
         predicted (`torch.BoolTensor`): positions with a prediction: the masked ones; for a rule that may mask again,
-            the committed ones of the block too.
+            the committed ones of the block too, by shadow columns if the rule has them.
         prediction ([`Prediction`]): of the M predicted positions, row by row.
         quota (`torch.LongTensor` of shape `(R,)`): how many positions the schedule commits in this pass.
         deferred (`torch.BoolTensor` or `None`): proposals that wait for all others of their block (`defer_eos`).

@@ -22,33 +22,44 @@ def _rotate(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
     return torch.cat([rotated.real, rotated.imag], dim=-1)
 
 
-def forward(model, row: list[int], columns: list[int], cache: list[dict]) -> dict[int, torch.Tensor]:
-    """Logits of these columns of `row`; `cache` holds {column: (key, value)} for each layer, and is updated."""
+def forward(
+    model, row: list[int], columns: list[int], cache: list[dict], shadows: list[int] = (), mask_id: int = 5
+) -> dict[int, torch.Tensor]:
+    """Logits of these columns of `row`; `cache` holds {column: (key, value)} for each layer, and is updated.
+
+    Logits of the `shadows` are those of a [MASK] that sees itself and every column but its own, and that none sees;
+    their keys in the result are ("shadow", column).
+    """
+    tokens = {column: row[column] for column in columns} | {("shadow", column): mask_id for column in shadows}
     config = model.config
     heads, size = config.num_attention_heads, config.head_dim
     groups = heads // config.num_key_value_heads
     theta = config.rope_parameters["rope_theta"]
-    hidden = {column: model.model.embed_tokens.weight[row[column]] for column in columns}
+    hidden = {name: model.model.embed_tokens.weight[token] for name, token in tokens.items()}
     for layer, entries in zip(model.model.layers, cache):
         attention = layer.self_attn
-        queries = {}
-        for column in columns:
-            x = _normalize(hidden[column], layer.input_layernorm)
-            queries[column] = _rotate((attention.q_proj.weight @ x).view(heads, size), column, theta)
+        queries, own = {}, {}
+        for name in tokens:
+            column = name[1] if isinstance(name, tuple) else name
+            x = _normalize(hidden[name], layer.input_layernorm)
+            queries[name] = _rotate((attention.q_proj.weight @ x).view(heads, size), column, theta)
             key = _rotate((attention.k_proj.weight @ x).view(-1, size), column, theta)
-            entries[column] = key, (attention.v_proj.weight @ x).view(-1, size)
-        for column in columns:
+            (own if isinstance(name, tuple) else entries)[name] = key, (attention.v_proj.weight @ x).view(-1, size)
+        for name in tokens:
+            seen = list(entries.values())
+            if isinstance(name, tuple):
+                seen = [entry for column, entry in entries.items() if column != name[1]] + [own[name]]
             mixed = []
             for head in range(heads):
-                scores = torch.stack([queries[column][head] @ key[head // groups] for key, _ in entries.values()])
+                scores = torch.stack([queries[name][head] @ key[head // groups] for key, _ in seen])
                 weights = (scores / math.sqrt(size)).softmax(0)
-                mixed.append(sum(w * value[head // groups] for w, (_, value) in zip(weights, entries.values())))
-            hidden[column] = hidden[column] + attention.o_proj.weight @ torch.cat(mixed)
-            x = _normalize(hidden[column], layer.post_attention_layernorm)
+                mixed.append(sum(w * value[head // groups] for w, (_, value) in zip(weights, seen)))
+            hidden[name] = hidden[name] + attention.o_proj.weight @ torch.cat(mixed)
+            x = _normalize(hidden[name], layer.post_attention_layernorm)
             gate = layer.mlp.gate_proj.weight @ x
             gated = gate * gate.sigmoid() * (layer.mlp.up_proj.weight @ x)
-            hidden[column] = hidden[column] + layer.mlp.down_proj.weight @ gated
-    return {column: model.lm_head.weight @ _normalize(hidden[column], model.model.norm) for column in columns}
+            hidden[name] = hidden[name] + layer.mlp.down_proj.weight @ gated
+    return {name: model.lm_head.weight @ _normalize(hidden[name], model.model.norm) for name in tokens}
 
 
 @torch.no_grad()

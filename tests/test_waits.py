@@ -5,7 +5,7 @@ import torch
 from device_waits import DeviceWaits
 from tiny_models import MASK, PAD, pad_left, random_model
 
-from illada.commit_rules import CommitRule, Decision
+from illada.commit_rules import T2M, WINO, CommitRule, Decision
 
 PROMPTS = [[7, 8, 9, 10, 11], [12, MASK, 13], [14]]
 
@@ -27,6 +27,8 @@ class MaskAgain(CommitRule):
         {"entropy_bound": 1.0},
         {"frechet_margin": 0.1},
         {"commit_rule": MaskAgain()},
+        {"commit_rule": T2M(threshold=0.1, bound=0.1)},
+        {"commit_rule": WINO(draft=0.1, verify=0.2)},
         {"commit_rule": "klass"},
         {"commit_rule": "local_leap"},
         {"commit_rule": "credit_decoding"},

@@ -139,7 +139,7 @@ class DecodingOptions:
         Option(help="Also commit n tokens provably likeliest together, by this margin.", show_default="off"),
     ] = None
     commit_rule: Annotated[
-        str | None, Option(help="Rule by name: klass, local_leap or credit_decoding.", show_default="off")
+        str | None, Option(help="Rule: klass, local_leap, credit_decoding, t2m or wino.", show_default="off")
     ] = None
     block_cache: Annotated[
         str | None,
