@@ -37,6 +37,7 @@ METHODS = {
     "ContinuousBatchingManager": (
         "add_request",
         "add_requests",
+        "call",
         "cancel_request",
         "get_result",
         "request_id_iter",

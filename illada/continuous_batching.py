@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -74,6 +75,7 @@ class ContinuousBatchingManager:
         self._tickets: dict[str, Ticket] = {}
         self._arrivals: list[Request] = []
         self._cancelled: set[Request] = set()
+        self._calls: deque[tuple[Future, Callable]] = deque()
         self._results: deque[RequestOutput] = deque()
         self._handlers: dict[str, tuple[Callable, asyncio.AbstractEventLoop]] = {}
         self._changed, self._pass_lock = threading.Condition(), threading.Lock()
@@ -188,13 +190,36 @@ class ContinuousBatchingManager:
             RuntimeError: if the manager is stopping, or its thread has failed.
         """
         with self._changed:
-            if self._stopping is not None or self.background_thread_status.fatal_error is not None:
-                raise RuntimeError("The manager is stopping and takes no more requests.")
+            self._refuse_if_stopping()
             limit = self.config.max_queue_size
             if limit and self.num_waiting + len(requests) > limit:
                 raise QueueFull(f"`max_queue_size`={limit} requests may wait, and {self.num_waiting} do already.")
             self._arrivals += requests
             self._changed.notify_all()
+
+    def call(self, function: Callable[[], Any]) -> Future:
+        """Calls `function` in the manager's thread, for what else the model is asked: one call before each pass.
+
+        Returns:
+            `concurrent.futures.Future`: of what it returns or raises; gradients are off.
+
+        Raises:
+            QueueFull: if `max_queue_size` calls are waiting.
+            RuntimeError: if the manager is stopping, or its thread has failed.
+        """
+        future: Future = Future()
+        with self._changed:
+            self._refuse_if_stopping()
+            limit = self.config.max_queue_size
+            if limit and len(self._calls) >= limit:
+                raise QueueFull(f"`max_queue_size`={limit} calls may wait, and so many do already.")
+            self._calls.append((future, function))
+            self._changed.notify_all()
+        return future
+
+    def _refuse_if_stopping(self):
+        if self._stopping is not None or self.background_thread_status.fatal_error is not None:
+            raise RuntimeError("The manager is stopping and takes no more requests.")
 
     @property
     def num_waiting(self) -> int:
@@ -371,18 +396,23 @@ class ContinuousBatchingManager:
                 cancelled, self._cancelled = self._cancelled, set()
                 for request in arrivals:
                     self.engine.add(request)
+                call = self._calls.popleft() if self._calls else None
             for request in cancelled:
                 self.engine.cancel(request)
-            return self.engine.step() or bool(self._arrivals)
+            if call is not None:
+                _answer(*call)
+            return self.engine.step() or bool(self._arrivals or self._calls)
 
     def _run(self):
         try:
             while self._stopping != "hard":
                 if not self._step():
                     with self._changed:
-                        if self._stopping is not None and not self._arrivals:
+                        if self._stopping is not None and not self._arrivals and not self._calls:
                             break
-                        self._changed.wait_for(lambda: self._arrivals or self._cancelled or self._stopping is not None)
+                        self._changed.wait_for(
+                            lambda: self._arrivals or self._calls or self._cancelled or self._stopping is not None
+                        )
         except BaseException as error:
             logger.error(f"The manager's thread ended: {error!r}")
             self.background_thread_status.fatal_error = error
@@ -395,6 +425,10 @@ class ContinuousBatchingManager:
             requests = [*self.engine.active.values(), *self.engine.waiting, *self._arrivals]
             failed = [request for request in requests if request not in self._cancelled]
             self._arrivals, self._cancelled = [], set()
+            calls, self._calls = self._calls, deque()
+        for future, _ in calls:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(reason)
         for request in requests:
             self.engine.cancel(request)
         for request in failed:
@@ -403,3 +437,13 @@ class ContinuousBatchingManager:
                 request.on_done(request)
         with self._changed:
             self._changed.notify_all()
+
+
+@torch.no_grad()
+def _answer(future: Future, function: Callable[[], Any]):
+    if not future.set_running_or_notify_cancel():
+        return  # nobody waits for it any more
+    try:
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)

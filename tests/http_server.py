@@ -64,7 +64,8 @@ class ThreadServer(Caller):
     def __init__(self, model, tokenizer, limits: dict | None = None, **options):
         import uvicorn
 
-        from illada.serving.app import ServerOptions, build_app
+        from illada.serving.app import build_app
+        from illada.serving.service import ServerOptions
         from illada.serving.worker import Worker
 
         self.worker = Worker(model, **(limits or {}))

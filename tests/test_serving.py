@@ -541,7 +541,8 @@ def test_an_api_key(model, tokenizer):
         ({"suppress_tokens": [10**6]}, 400, "`suppress_tokens`"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "`tools` must be left out"),
         ({"response_format": {"type": "json_object"}}, 400, "`response_format` must be left out"),
-        ({"logprobs": True}, 400, "`logprobs` must be left out"),
+        ({"logprobs": 1}, 400, "`logprobs`"),
+        ({"top_logprobs": 3}, 400, "`top_logprobs` must be left out"),
         ({"frequency_penalty": 0.5}, 400, "`frequency_penalty` must be left out"),
         ({"messages": []}, 400, "`messages`"),
         ({"messages": None}, 400, "`messages`"),
@@ -578,7 +579,7 @@ def test_bad_requests_get_a_reason(server, change, status, reason, stream):
         ({"suffix": " b", "echo": True, "max_tokens": 1}, "`echo` must not be true"),
         ({"prompt": "a<[MASK]>", "echo": False}, "`echo` must not be false"),
         ({"best_of": 4}, "`best_of` must be left out"),
-        ({"logprobs": 1}, "`logprobs` must be left out"),
+        ({"logprobs": 1}, "`logprobs` must be left out or 0"),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -608,7 +609,7 @@ def test_a_client_that_sends_half_a_body_holds_nobody_up(server, generated):
 
 
 def test_texts_of_characters_that_take_several_tokens():
-    from illada.serving.answers import SettledText
+    from illada.serving.settled import SettledText
 
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     text = "a 日本 \U0001f600 é"
@@ -635,6 +636,12 @@ def test_options_are_listed_and_unknown_ones_refused():
         "--max-waiting",
         "--max-rows",
         "--max-tokens",
+        "--max-prompt-tokens",
+        "--max-body-kib",
+        "--timeout",
+        "--stop-timeout",
+        "--allow-origin",
+        "--name",
     ):
         assert option in help_text
     for options in (["--continuous-batching"], ["--compile"], ["--port", "99999"], ["--port", "0"]):

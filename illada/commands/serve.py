@@ -1,5 +1,6 @@
 """`illada serve`."""
 
+import math
 from typing import Annotated
 
 import typer
@@ -38,16 +39,23 @@ def serve(
         ),
     ] = None,
     max_waiting: Annotated[int, typer.Option(help="Texts that may wait; further ones get a 429.", min=1)] = 256,
+    max_prompt_tokens: Annotated[
+        int | None,
+        typer.Option(help="Longest prompt in tokens; a longer one gets a 400.", min=1, show_default="the model's"),
+    ] = None,
     timeout: Annotated[
         float | None, typer.Option(help="Seconds after which a request is given up.", min=0.1, show_default="none")
     ] = None,
     max_body_kib: Annotated[int, typer.Option("--max-body-kib", help="Largest request, in KiB.", min=1)] = 1024,
+    stop_timeout: Annotated[
+        float, typer.Option(help="Seconds that running requests may take to finish once the server is to end.", min=0)
+    ] = 300,
     allow_origin: Annotated[
         list[str] | None,
         typer.Option(help="Origin whose pages may call the server (CORS); repeatable.", show_default="none"),
     ] = None,
 ):
-    """Serve a model by OpenAI's HTTP interface: chat completions, completions, streaming.
+    """Serve a model by OpenAI's HTTP interface: chat completions, completions, streaming; and infilling, revision.
 
     The decoding options are the defaults of requests, which may set each of them.
 
@@ -56,7 +64,8 @@ def serve(
     try:
         import uvicorn
 
-        from ..serving.app import ServerOptions, build_app
+        from ..serving.app import build_app
+        from ..serving.service import ServerOptions
         from ..serving.worker import Worker
     except ModuleNotFoundError as error:
         raise ValueError(f"`illada serve` needs the extra: pip install 'illada[serve]' ({error}).") from error
@@ -69,8 +78,9 @@ def serve(
     listener = bind(host, port)
     model = source.load(checkpoint)
     model.generation_config = MaskedDiffusionGenerationConfig.merged(model.generation_config, None, **settings)
-    options = ServerOptions(api_key, timeout, max_body_kib * 1024, allow_origin or [])
+    options = ServerOptions(api_key, timeout, max_body_kib * 1024, allow_origin or [], max_prompt_tokens)
     name = name or checkpoint.name
     app = build_app(Worker(model, max_rows, max_tokens, max_waiting), checkpoint.tokenizer, name, options)
     print(f"Serving {name} at http://{host}:{port}/v1 (Ctrl-C ends it).", flush=True)
-    uvicorn.Server(uvicorn.Config(app)).run(sockets=[listener])
+    config = uvicorn.Config(app, timeout_graceful_shutdown=math.ceil(stop_timeout))
+    uvicorn.Server(config).run(sockets=[listener])

@@ -76,13 +76,10 @@ def install_handlers(app: FastAPI):
         return await answer(request, from_validation(error))
 
     async def pass_on(request: Request, error: HTTPException) -> JSONResponse:
-        message = f"{error.detail}: {request.method} {request.url.path}." if error.status_code != 413 else error.detail
+        of_routing = error.status_code in (404, 405)
+        message = f"{error.detail}: {request.method} {request.url.path}." if of_routing else error.detail
         return await answer(request, ApiError(error.status_code, message, headers=error.headers))
-
-    async def fail(request: Request, error: Exception) -> JSONResponse:
-        return await answer(request, ApiError(500, f"The server failed on request {request.state.request_id}."))
 
     app.add_exception_handler(ApiError, answer)
     app.add_exception_handler(RequestValidationError, refuse)
     app.add_exception_handler(HTTPException, pass_on)
-    app.add_exception_handler(Exception, fail)

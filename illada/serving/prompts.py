@@ -52,6 +52,7 @@ class PromptEncoder:
         self.config = config
         self.mask_token_id = generation_config.mask_token_id
         self.vocab_size, self.num_positions = config.vocab_size, config.max_position_embeddings
+        self.max_prompt_tokens: int | None = None
         self.limit = f"the model has {self.num_positions} positions"
         if max_tokens is not None and max_tokens < self.num_positions:
             self.num_positions, self.limit = max_tokens, f"this server takes {max_tokens} tokens at a time"
@@ -111,17 +112,27 @@ class PromptEncoder:
             raise ApiError(400, f"`{name}`: {error}", name) from error
         return self.tokenizer(spelled, **settings)["input_ids"]
 
+    def check_length(self, num_tokens: int, field: str, min_room: int = 0) -> int:
+        """How many tokens there is room for after a prompt of so many.
+
+        Raises:
+            ApiError: names the field, if the prompt is too long.
+        """
+        room = self.num_positions - num_tokens
+        reason = None
+        if self.max_prompt_tokens is not None and num_tokens > self.max_prompt_tokens:
+            reason = f"`{field}` must have at most {self.max_prompt_tokens} tokens, got {num_tokens}."
+        elif room < min_room:
+            reason = f"`{field}` has {num_tokens} tokens, and {self.limit}."
+        if reason is not None:
+            raise ApiError(400, reason, field, "context_length_exceeded")
+        return room
+
     def _budget(self, body: TextBody, prompt_length: int) -> int | None:
         """What the response may add to a prompt of so many tokens."""
         name, budget = body.budget
-        room = self.num_positions - prompt_length
-        if room < (0 if budget == 0 else 1):
-            raise ApiError(
-                400,
-                f"The prompt has {prompt_length} tokens, and {self.limit}.",
-                "messages" if isinstance(body, ChatBody) else "prompt",
-                "context_length_exceeded",
-            )
+        field = "messages" if isinstance(body, ChatBody) else "prompt"
+        room = self.check_length(prompt_length, field, 0 if budget == 0 else 1)
         if budget is not None and budget > room:
             raise ApiError(
                 400,

@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import ContinuousBatchingConfig
 
@@ -21,14 +23,18 @@ class Progress:
 
     Attributes:
         new_tokens (`list[int]`): the settled tokens that follow those reported before.
+        new_confidences (`list[float | None]`): the probability of each when it was committed; None if it was given.
         num_passes (`int`): forward passes so far.
         is_finished (`bool`): whether this is the last report.
+        step ([`DenoisingStep`], *optional*): the pass that was made, for a listener that asked for drafts.
         error (`Exception`, *optional*): what ended the request early.
     """
 
     new_tokens: list[int]
+    new_confidences: list[float | None]
     num_passes: int
     is_finished: bool = False
+    step: DenoisingStep | None = None
     error: Exception | None = None
 
 
@@ -43,13 +49,17 @@ class TextRequest:
     Attributes:
         listener (`Callable[[Progress], None]`): called in the worker's thread, so it must return at once. What it
             raises ends this request, and no other.
+        shows_drafts (`bool`): whether the listener hears of every pass, settled tokens or not.
+        confidences (`dict[int, float]`): by column, the probability of each committed token.
         is_cancelled (`bool`): whether the listener is not called any more.
     """
 
     def __init__(self, request: Request, manager: ContinuousBatchingManager, first_column: int):
         self.request, self.manager = request, manager
         self.listener: Callable[[Progress], None] = lambda progress: None
-        self.num_reported, self.num_passes, self.is_cancelled = first_column, 0, False
+        self.num_reported, self.num_passes = first_column, 0
+        self.shows_drafts = self.is_cancelled = False
+        self.confidences: dict[int, float] = {}
         request.on_step, request.on_done = self._on_step, self._on_done
 
     def cancel(self):
@@ -67,7 +77,9 @@ class TextRequest:
             if end > len(self.request.prompt) and tokens[end - 1] in eos_token_ids:
                 break  # what stands after the end is not part of the text
         self.num_passes = step.num_forward_passes
-        self._report(tokens[self.num_reported : end])
+        committed = step.committed
+        self.confidences.update(zip(step.columns[committed].tolist(), step.confidence[committed].tolist()))
+        self._report(tokens[self.num_reported : end], step=step if self.shows_drafts else None)
 
     def _on_done(self, request: Request):
         error = request.error
@@ -81,10 +93,11 @@ class TextRequest:
         except Exception:
             logger.exception("A listener failed while it was told of an error.")
 
-    def _report(self, new_tokens: list[int], is_finished: bool = False, error: Exception | None = None):
+    def _report(self, new_tokens: list[int], **more):
         if not self.is_cancelled:
-            self.num_reported += len(new_tokens)
-            self.listener(Progress(new_tokens, self.num_passes, is_finished, error))
+            start, self.num_reported = self.num_reported, self.num_reported + len(new_tokens)
+            confidences = [self.confidences.get(column) for column in range(start, self.num_reported)]
+            self.listener(Progress(new_tokens, confidences, self.num_passes, **more))
 
 
 class Worker:
@@ -107,7 +120,7 @@ class Worker:
         max_tokens: int | None = None,
         max_waiting: int = 256,
     ):
-        self.model, self.max_tokens, self.max_waiting = model, max_tokens, max_waiting
+        self.model, self.max_rows, self.max_tokens, self.max_waiting = model, max_rows, max_tokens, max_waiting
         config = ContinuousBatchingConfig(
             max_requests_per_batch=max_rows, max_batch_tokens=max_tokens, max_queue_size=max_waiting
         )
@@ -153,6 +166,14 @@ class Worker:
             QueueFull: if they do not fit among the requests that wait.
         """
         self.manager.submit([request.request for request in requests])
+
+    def call(self, function: Callable[[], Any]) -> Future:
+        """Calls `function`, which may use the model, in the thread that runs it, between two passes.
+
+        Raises:
+            QueueFull: if too many calls are waiting.
+        """
+        return self.manager.call(function)
 
     def close(self):
         """Ends the thread before its next pass; what is left fails."""

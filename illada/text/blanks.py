@@ -46,6 +46,11 @@ def spell_blanks(text: str, mask_token: str) -> str:
     return _BLANK.sub(spelled, text)
 
 
+def blank_lengths(text: str) -> list[int]:
+    """How many tokens each blank of `text` has, in order."""
+    return [_length(blank[1], text) for blank in _BLANK.finditer(text)]
+
+
 def fill_blanks(
     tokenizer: PreTrainedTokenizerBase, text: str, input_ids: list[int], filled_ids: list[int], mask_token_id: int
 ) -> str:

@@ -1,0 +1,126 @@
+"""`/v1/chat/completions` and `/v1/completions`: texts in OpenAI's form, whole or as they settle."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from .answers import Answer, form_of
+from .choices import Piece
+from .errors import ApiError
+from .requests import ChatBody, CompletionBody, TextBody
+from .service import Service, client_has_gone, log_failure
+from .worker import TextRequest
+
+
+def routes(service: Service) -> APIRouter:
+    """The two endpoints."""
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions")
+    async def chat(body: ChatBody, http: Request) -> Response:
+        return await _answer(service, body, http)
+
+    @router.post("/v1/completions")
+    async def complete(body: CompletionBody, http: Request) -> Response:
+        return await _answer(service, body, http)
+
+    return router
+
+
+@dataclass
+class Exchange:
+    """An HTTP request that is being answered: its texts, and the queue in which their pieces arrive."""
+
+    service: Service
+    body: TextBody
+    requests: list[TextRequest]
+    pieces: asyncio.Queue[Piece]
+    answer: Answer
+    request_id: str
+
+    def cancel(self):
+        for request in self.requests:
+            request.cancel()
+
+    async def arriving(self) -> AsyncIterator[Piece]:
+        """The pieces of all texts until each is finished.
+
+        Raises:
+            ApiError: if the model fails, or the time is up.
+        """
+        service, begun, timeout = self.service, time.monotonic(), self.service.options.timeout
+        has_text = False
+        while self.answer.num_open > 0:
+            try:
+                remaining = None if timeout is None else max(0.0, begun + timeout - time.monotonic())
+                piece = await asyncio.wait_for(self.pieces.get(), remaining)
+            except asyncio.TimeoutError as error:
+                raise service.time_is_up() from error
+            if piece.error is not None:
+                raise log_failure(self.request_id, piece.error)
+            if not has_text and (piece.text or piece.thought):
+                has_text = True
+                service.metrics.first_text_seconds.observe(time.monotonic() - begun)
+            self.answer.add(piece)
+            yield piece
+        usage = self.answer.usage
+        service.metrics.count_answer(usage.prompt_tokens, usage.completion_tokens, usage.forward_passes)
+
+    async def whole(self) -> dict:
+        """The answer, once all of it is there."""
+        try:
+            async for _ in self.arriving():
+                pass
+        finally:
+            self.cancel()
+        return self.answer.whole()
+
+    async def events(self, leaving: asyncio.Task) -> AsyncIterator[str]:
+        """Server-sent events: each piece as soon as it is settled."""
+        form, options = self.answer.form, self.body.stream_options
+        try:
+            for chunk in form.opening(len(self.requests)):
+                yield _event(chunk)
+            async for piece in self.arriving():
+                yield _event(form.chunk(piece))
+            if options is not None and options.include_usage:
+                yield _event(form.usage_chunk(self.answer.usage))
+            yield "data: [DONE]\n\n"
+        except ApiError as error:
+            yield _event(error.body())
+        finally:
+            leaving.cancel()
+            self.cancel()
+
+
+async def _answer(service: Service, body: TextBody, http: Request) -> Response:
+    service.check_model(body.model)
+    loop = asyncio.get_running_loop()
+    pieces: asyncio.Queue[Piece] = asyncio.Queue()
+
+    def post(piece: Piece):
+        loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+    prompts, requests = await service.encode(service.composer.compose, body, post)
+    request_id = http.state.request_id
+    form = form_of(body, request_id, service.name)
+    exchange = Exchange(service, body, requests, pieces, Answer(form, prompts, len(requests)), request_id)
+    service.submit(requests)
+    if not body.stream:
+        return JSONResponse(await service.until_gone(http, asyncio.create_task(exchange.whole())))
+    leaving = asyncio.create_task(_cancel_when_gone(http, exchange))
+    return StreamingResponse(exchange.events(leaving), media_type="text/event-stream")
+
+
+async def _cancel_when_gone(http: Request, exchange: Exchange):
+    await client_has_gone(http)
+    exchange.cancel()
+
+
+def _event(data: dict) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
