@@ -310,3 +310,39 @@ def test_generate_batch_where_the_package_is_not_installed(tmp_path):
     run = subprocess.run([sys.executable, "-c", STRANGER, str(tmp_path)], capture_output=True, text=True, check=True)
     outputs = model.generate_batch([[7, 8, 9], [10]], max_new_tokens=8, block_length=4)
     assert json.loads(run.stdout.splitlines()[-1]) == [output.generated_tokens for output in outputs.values()]
+
+
+def test_calls_are_made_in_the_managers_thread_between_passes(tiny_model):
+    with tiny_model.continuous_batching_context_manager() as manager:
+        manager.add_request([7, 8, 9], "text", max_new_tokens=8)
+        futures = [manager.call(lambda: (threading.current_thread(), torch.is_grad_enabled())) for _ in range(3)]
+        failing = manager.call(lambda: 1 / 0)
+        for future in futures:
+            assert future.result(60) == (manager._thread, False)
+        with pytest.raises(ZeroDivisionError):
+            failing.result(60)
+        assert manager.get_result("text").error is None
+        late = manager.call(lambda: "done")  # a stop that lets requests finish lets calls finish
+    assert late.result(0) == "done"
+    with pytest.raises(RuntimeError, match="takes no more requests"):
+        manager.call(lambda: None)
+
+
+def test_calls_are_bounded_and_end_with_the_manager(tiny_model):
+    manager = tiny_model.init_continuous_batching(
+        continuous_batching_config=ContinuousBatchingConfig(max_queue_size=2)
+    )
+    calls = [manager.call(lambda: None) for _ in range(2)]  # nobody makes them yet
+    with pytest.raises(QueueFull, match="`max_queue_size`=2"):
+        manager.call(lambda: None)
+    calls[0].cancel()
+    manager.start()
+    assert calls[1].result(60) is None
+    with manager.pause():
+        last = manager.call(lambda: None)
+        manager.stop(block=False, hard_stop=True)
+    manager.join()
+    try:
+        assert last.result(0) is None  # made before the thread saw the stop
+    except RuntimeError as error:
+        assert "stopped" in str(error)
