@@ -62,7 +62,7 @@ class CommitRule:
         has_memory (`bool`): each row gets a copy of the rule to itself, so that what it remembers is the row's, and R
             is always 1. Without, one rule decides for all rows with its settings, and must be a pure function.
         may_remask (`bool`): the rule may mask again. Its steps have predictions at the block's committed positions
-            too, and its rows end at the end of a block.
+            too, and its rows end at an EOS once a pass has left all up to it as it is.
         has_shadows (`bool`): those predictions are of *shadow columns*: each is a [MASK] at the committed position,
             which sees all of the text but that position, and which nothing else sees. Without, they are of the
             committed token's own column, which has the token in view.

@@ -247,9 +247,9 @@ class Engine:
                     position = int(row.block[is_broken[place, : len(row.block)]][0])
                     raise non_finite_logits(f"position {position}", denoiser.dtype)
                 seen = slice(len(row.block))
-                changes = (changes[place, seen].bool() for changes in (commit, remask))
-                self._tell(row, proposals[place, seen], confidence[place, seen], *changes)
-                self._finish_or_go_on(row, ends[place], is_open[place])
+                committed, remasked = (changes[place, seen].bool() for changes in (commit, remask))
+                self._tell(row, proposals[place, seen], confidence[place, seen], committed, remasked)
+                self._finish_or_go_on(row, ends[place], is_open[place], row.block[committed | remasked])
 
     def _tell(self, row: Row, proposals, confidence, committed, remasked):
         request = self.active[row]
@@ -265,10 +265,14 @@ class Engine:
                 draft[row.block] = proposals
             request.streamer.put_draft(draft)
 
-    def _finish_or_go_on(self, row: Row, eos: int | None, is_open: bool):
-        """Finishes a row at its EOS (a column) or at a stop, or opens its next block if nothing is open."""
-        if is_open and self.rules[row].may_remask:
-            eos = None  # what stands there may still change
+    def _finish_or_go_on(self, row: Row, eos: int | None, is_open: bool, changed: torch.LongTensor):
+        """Finishes a row at its EOS (a column) or at a stop, or opens its next block if nothing is open.
+
+        A rule that may mask again must have seen all up to the EOS, and have left it as it is: what a pass `changed`
+        (columns) it has not seen yet.
+        """
+        if eos is not None and is_open and self.rules[row].may_remask and bool((changed <= eos).any()):
+            eos = None
         end = None
         if row.is_in_response and not (is_open and eos is None):
             end = self._stopped_at(row, None if eos is None else eos + 1)

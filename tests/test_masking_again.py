@@ -108,10 +108,29 @@ def test_a_draft_at_the_bound_is_not_wide_enough_and_a_token_at_the_bound_is_ver
     assert written(TableModel(table), 3, commit_rule=WINO(draft=0.7, verify=0.7))[1] == [[1, 2], [3]]
 
 
+def test_a_row_ends_once_a_pass_has_left_all_up_to_its_eos_as_it_is():
+    table = table_of({1: {A: 0.95}, 2: {EOS: 0.99}, 3: {B: 0.6}, 4: {B: 0.55}, 5: {B: 0.52}}, 6)
+    for rule in (T2M(), WINO(draft=0.9)):
+        tokens, commits, _ = written(TableModel(table), 5, commit_rule=rule, eos_token_id=EOS)
+        assert (tokens, commits) == ([A, EOS], [[1, 2], [3]])  # pass 2 sees both, and leaves them
+    assert written(TableModel(table), 5, confidence_threshold=0.9, eos_token_id=EOS)[1] == [[1, 2]]
+
+
+def test_a_row_does_not_end_while_something_before_its_eos_changes():
+    others = {2: {EOS: 0.99}, 3: {B: 0.6}, 4: {B: 0.58}, 5: {B: 0.55}, 6: {B: 0.52}}
+    tables = table_of({1: {A: 0.95}, **others}, 7), table_of({1: {C: 0.8, A: 0.05}, **others}, 7)
+    tokens, commits, steps = written(ModelOfPasses(*tables), 6, commit_rule=T2M(), eos_token_id=EOS)
+    # Pass 2 masks 1 again, pass 3 writes C there, and pass 4 leaves it.
+    assert commits == [[1, 2], [3], [1], [4]] and tokens == [C, EOS]
+    assert [step.tokens[1].item() for step in steps] == [A, MASK, C, C]
+
+
 # Shadow columns against a second implementation
 
 
-def oracle_generate(model, prompt, rule, *, block_cache, canvas, max_new_tokens, block_length) -> tuple[list, int]:
+def oracle_generate(
+    model, prompt, rule, *, block_cache, canvas, max_new_tokens, block_length, eos_token_id
+) -> tuple[list, int]:
     """The row and its passes, by loops over columns and numbers; `rule` is ("t2m" or "wino", two bounds)."""
     kind, commit_bound, verify_bound = rule
     row, end = list(prompt), len(prompt) + max_new_tokens
@@ -144,12 +163,15 @@ def oracle_generate(model, prompt, rule, *, block_cache, canvas, max_new_tokens,
             doubts = {i: p for i, p in doubts.items() if p < verify_bound}
             if kind == "wino":
                 doubts = dict(sorted(doubts.items(), key=lambda pair: pair[1])[: max(0, last_committed - 1)])
+            doubts = [i for i in doubts if remasked[i] < MAX_REMASKS]
             for i in doubts:
-                if remasked[i] < MAX_REMASKS:
-                    row[i], remasked[i] = MASK, remasked[i] + 1
+                row[i], remasked[i] = MASK, remasked[i] + 1
             for i in chosen:
                 row[i] = sure[i].indices.item()
             last_committed = len(chosen)
+            ends = [i for i in block if row[i] == eos_token_id and i >= len(prompt) and MASK not in row[:i]]
+            if ends and (all(row[i] != MASK for i in block) or min([*chosen, *doubts]) > ends[0]):
+                return row[: ends[0] + 1], passes
     return row, passes
 
 
@@ -168,22 +190,24 @@ def _oracle_settings():
                 "canvas": rng.choice(["growing", "fixed"]),
                 "max_new_tokens": rng.randint(2, 9),
                 "block_length": rng.randint(2, 5),
+                "eos_token_id": rng.choice([None, EOS, 7, 28]),
             },
         )
 
 
 def test_masking_again_agrees_with_the_oracle():
-    differs_from_no_masking = dict.fromkeys(("t2m", "wino"), 0)
+    differs_from_no_masking, num_ended = dict.fromkeys(("t2m", "wino"), 0), 0
     for index, prompt, rule, settings in _oracle_settings():
-        model, arguments = MODELS[index], {"eos_token_id": None, "pad_token_id": PAD, "return_dict_in_generate": True}
+        model, arguments = MODELS[index], {"pad_token_id": PAD, "return_dict_in_generate": True}
         kind = T2M if rule[0] == "t2m" else WINO
         row, passes = oracle_generate(model, prompt, rule, **settings)
         output = model.generate(torch.tensor([prompt]), commit_rule=kind(*rule[1:]), **settings, **arguments)
         assert output.sequences[0].tolist() == row, (rule, settings)
         assert output.num_forward_passes.tolist() == [passes]
+        num_ended += row[-1] == settings["eos_token_id"]
         without = model.generate(torch.tensor([prompt]), commit_rule=kind(rule[1], 0.0), **settings, **arguments)
         differs_from_no_masking[rule[0]] += without.sequences[0].tolist() != row
-    assert min(differs_from_no_masking.values()) >= 3, differs_from_no_masking
+    assert min(*differs_from_no_masking.values(), num_ended) >= 3, (differs_from_no_masking, num_ended)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
