@@ -6,6 +6,7 @@ the published algorithm in its plain form: logits at every position in every ste
 (`--append` adds rounds to those that are there); a page with the tables and a plot are written beside it.
 """
 
+import functools
 import json
 import platform
 import time
@@ -25,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from illada import ILLaDAConfig, ILLaDAForCausalLM
+from illada.commit_rules import Quota
 
 matplotlib.use("Agg")
 logging.set_verbosity_error()
@@ -48,8 +50,12 @@ PARALLEL_STEPS = 4
 """Tokens per forward pass of the modes with a threshold. Random weights are never sure, so a threshold alone would
 commit one token a step; four is what the embedded model reaches at 0.9 (docs/decoding_quality.md)."""
 
+REFRESHED_SHARE = 0.25
+"""Share of passes after which the mode with an adaptive refresh computes whole texts. Random weights are uncertain
+everywhere: the bound in nats is put where so many of the tokens of a first block have more."""
 
-@dataclass
+
+@dataclass(frozen=True)
 class Case:
     """One line of the comparison. Lengths in tokens."""
 
@@ -79,6 +85,30 @@ def published(model: ILLaDAForCausalLM, input_ids: torch.LongTensor, case: Case,
     return tokens
 
 
+@functools.cache
+def refresh_bound(model: ILLaDAForCausalLM, case: Case) -> float:
+    """The entropy in nats that `REFRESHED_SHARE` of the tokens have when they are committed, in the first block."""
+    entropies: list[float] = []
+
+    class Noting(Quota):
+        def __call__(self, step):
+            decision = super().__call__(step)
+            entropies.extend(step.entropy[decision.commit].tolist())
+            return decision
+
+    length = case.block_length
+    model.generate(
+        prompt(case, model.config.vocab_size, model.device)[:1],
+        max_new_tokens=length,
+        block_length=length,
+        block_cache="prefix",
+        commit_rule=Noting(),
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return float(torch.tensor(entropies).quantile(1 - REFRESHED_SHARE))
+
+
 def modes(
     model: ILLaDAForCausalLM, llama: LlamaForCausalLM, case: Case, steps: int | None = None
 ) -> dict[str, Callable]:
@@ -92,6 +122,7 @@ def modes(
         "pad_token_id": 0,
         "return_dict_in_generate": True,
     }
+    bound = refresh_bound(model, case)
     parallel = {"confidence_threshold": 0.9, "max_denoising_steps": steps // PARALLEL_STEPS or 1}
 
     def diffusion(**settings) -> Callable:
@@ -116,6 +147,7 @@ def modes(
         "exact": diffusion(),
         "prefix": diffusion(block_cache="prefix"),
         "dual": diffusion(block_cache="dual"),
+        "prefix, refreshed by entropy": diffusion(block_cache="prefix", cache_refresh_entropy=bound),
         "prefix, compiled": diffusion(block_cache="prefix", compile=True),
         "prefix, threshold": diffusion(block_cache="prefix", **parallel),
         "prefix, threshold, compiled": diffusion(block_cache="prefix", compile=True, **parallel),
