@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from .configuration_illada import ILLaDAConfig
 from .configuration_llada import LLaDAConfig
 from .denoising import DenoisingStep
+from .frozen_cache import FrozenCache
 from .generation import MaskedDiffusionGenerationMixin, MaskedDiffusionGenerationOutput
 from .generation_config import MaskedDiffusionGenerationConfig
 from .modeling_illada import ILLaDAForCausalLM, ILLaDAModel, ILLaDAPreTrainedModel, masked_diffusion_loss
@@ -27,6 +28,7 @@ for _config_class, _model_class in ((ILLaDAConfig, ILLaDAForCausalLM), (LLaDACon
 __all__ = [
     "EMBEDDED_MODEL",
     "DenoisingStep",
+    "FrozenCache",
     "ILLaDAConfig",
     "ILLaDAForCausalLM",
     "ILLaDAModel",

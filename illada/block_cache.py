@@ -5,7 +5,8 @@ back. A *full* pass, of whole texts, leaves them here; a *block* pass runs on th
 writes theirs in place and sees everything.
 
 This is an approximation: under attention in both directions the keys of a prefix depend on the block after it, and
-here they stay as they were in the last full pass (Fast-dLLM, arXiv 2505.22618: prefix cache and dual cache).
+here they stay as they were in the last full pass (Fast-dLLM, arXiv 2505.22618: prefix cache and dual cache), or as
+they were before the block was there (`"frozen"`, see `frozen.py`).
 """
 
 from dataclasses import dataclass
@@ -159,6 +160,19 @@ class BlockCache(Cache):
             for buffer in (layer.keys, layer.values):
                 places = buffer.unflatten(0, (-1, self.num_branches))
                 places[torch.tensor(new, device=buffer.device)] = places[torch.tensor(old, device=buffer.device)]
+
+    def copy(self, row: Row, num_columns: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The row's first keys and values, for each layer two tensors of shape (branches, columns, heads, size)."""
+        where = self._slots([row]), slice(num_columns)
+        return [(layer.keys[where], layer.values[where]) for layer in self.layers]
+
+    def load(self, row: Row, states: list[tuple[torch.Tensor, torch.Tensor]], num_columns: int):
+        """Writes the first columns of what [`copy`] returned for another row."""
+        where = self._slots([row]), slice(num_columns)
+        for layer, (keys, values) in zip(self.layers, states):
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys.transpose(1, 2), values.transpose(1, 2))
+            layer.keys[where], layer.values[where] = keys[:, :num_columns], values[:, :num_columns]
 
     def release(self, row: Row):
         """Gives up the row's place."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .frozen_cache import FrozenCache
 from .generation_config import MaskedDiffusionGenerationConfig
 
 
@@ -28,6 +29,8 @@ class Row:
         num_passes (`int`): passes in which the row took part.
         block_passes (`int`): those of them since the block was opened.
         is_stale (`bool`): the last pass committed a token of more entropy than `cache_refresh_entropy`.
+        segments (`tuple[int, ...]`): where the prompt's segments end, for a frozen cache; empty if it is one.
+        cache ([`FrozenCache`], *optional*): where a frozen cache finds the text's beginning, and leaves it.
     """
 
     index: int
@@ -40,6 +43,8 @@ class Row:
     num_passes: int = 0
     block_passes: int = 0
     is_stale: bool = False
+    segments: tuple[int, ...] = ()
+    cache: FrozenCache | None = None
 
     @property
     def is_in_response(self) -> bool:

@@ -9,6 +9,7 @@ from transformers.generation.configuration_utils import CompileConfig
 
 from .block_cache import StaticBlockCache
 from .canvas import Row
+from .frozen import FrozenPredictor
 from .prediction import BUCKET, CachedPredictor, texts_only
 
 
@@ -62,14 +63,10 @@ class CompiledPredictor(CachedPredictor):
         self.passes = _PASSES.setdefault(model, CompiledPasses())
         self.decoder = self.passes.function(model.get_decoder(), compile_config)
 
-    def begin(self, row: Row):
-        self.computed[row] = self._columns_of(row)
+    def _reserve(self, row: Row):
         self.num_columns = max(self.num_columns, -(-(row.end + 1) // BUCKET) * BUCKET)
         block_length = row.settings.block_length
         self.width = max(self.width, -(-len(self.computed[row]) // block_length) * block_length)
-
-    def end(self, row: Row):
-        self.computed.pop(row, None)
 
     def close(self):
         """Leaves the cache to later calls."""
@@ -86,13 +83,11 @@ class CompiledPredictor(CachedPredictor):
         return super().logits(rows, places, columns)
 
     def _key(self, num_columns: int) -> tuple:
-        """What a cache is made for: its shape, and the dtype of keys and values, which autocast changes."""
-        device = self.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
-        return len(self.canvas.tokens), num_columns, self.num_branches, dtype, self.device
+        """What a cache is made for: its shape, and the dtype of keys and values."""
+        return len(self.canvas.tokens), num_columns, self.num_branches, self.dtype, self.device
 
     def _blocks(self, rows: list[Row], places: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
-        part, index = self._lay_out(rows, places, columns, self.width)
+        part, index = self._lay_out([self.computed[row] for row in rows], places, columns, self.width)
         row_at = {row.index: row for row in rows}
         # A place without a row computes the scratch column, and sees one column.
         everyone = [row_at.get(i) or replace(rows[0], index=i, length=1) for i in range(len(self.canvas.tokens))]
@@ -107,3 +102,7 @@ class CompiledPredictor(CachedPredictor):
         torch.compiler.cudagraph_mark_step_begin()
         hidden_states = self.decoder(**inputs, past_key_values=self.cache).last_hidden_state
         return self.model.get_output_embeddings()(hidden_states[positions])
+
+
+class CompiledFrozenPredictor(CompiledPredictor, FrozenPredictor):
+    """A [`FrozenPredictor`] whose passes of a block by itself go to the compiled decoder, in one shape."""

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from .canvas import ActiveBlocks, Canvas, Row
 from .commit_rules import CommitRule
 from .denoising import Denoiser, DenoisingStep
+from .frozen_cache import FrozenCache
 from .logits import non_finite_logits
 from .prediction import Predictor, predictor_key
 
@@ -64,6 +65,7 @@ class Request:
         on_done (`Callable`, *optional*): called with the request once it is finished or has failed. What it raises is
             logged, and changes nothing.
         index (`int`): the request's place among those of a call, for `on_step`.
+        segments (`tuple[int, ...]`), cache ([`FrozenCache`], *optional*): as of a [`Row`].
 
     Attributes:
         result ([`RequestResult`] or `None`): once it is finished.
@@ -81,6 +83,8 @@ class Request:
     on_step: Callable[[DenoisingStep], None] | None = None
     on_done: "Callable[[Request], None] | None" = None
     index: int = 0
+    segments: tuple[int, ...] = ()
+    cache: FrozenCache | None = None
     result: RequestResult | None = field(default=None, init=False)
     error: Exception | None = field(default=None, init=False)
     is_done: bool = field(default=False, init=False)
@@ -191,6 +195,7 @@ class Engine:
                 self.predictors[key] = self.make_predictor(settings, self.canvas)
             index = self.free_indices.pop(0)
             row = self.canvas.admit(index, request.prompt, request.max_new_tokens, settings)
+            row.segments, row.cache = request.segments, request.cache
             rule = request.denoiser.rule
             self.active[row], self.rules[row] = request, copy.deepcopy(rule) if rule.has_memory else rule
             with self._failing([row]):

@@ -27,15 +27,17 @@ from transformers.utils import ModelOutput
 from .adapters import check_adapters
 from .canvas import Canvas
 from .commit_rules import rule_of
-from .compiled import CompiledPredictor
+from .compiled import CompiledFrozenPredictor, CompiledPredictor
 from .denoising import Denoiser, DenoisingStep
 from .end_of_thinking import EndOfThinkingBoost
 from .engine import Engine, Request, RequestResult
+from .frozen import FrozenPredictor, segment_ends
+from .frozen_cache import FrozenCache
 from .generate_batch import ContinuousBatchingMixin
 from .generation_config import MaskedDiffusionGenerationConfig
 from .inherited import RefusesWritingFromLeftToRight, check_pipeline
 from .prediction import CachedPredictor, FullPredictor, Predictor, is_guided
-from .prompts import prepare_max_new_tokens, prepare_prompts
+from .prompts import prepare_max_new_tokens, prepare_prompts, prepare_segments
 from .rankings import RANKINGS
 from .revision import (
     FILLING,
@@ -45,7 +47,7 @@ from .revision import (
     least_likely,
     leave_one_out_confidences,
 )
-from .shadows import CachedPredictorWithShadows, FullPredictorWithShadows
+from .shadows import CachedPredictorWithShadows, FrozenPredictorWithShadows, FullPredictorWithShadows
 
 
 @dataclass
@@ -63,6 +65,10 @@ class MaskedDiffusionGenerationOutput(ModelOutput):
             The row's forward pass, counted from 1, that committed the position; 0 for given tokens and padding.
         commit_confidences (`torch.FloatTensor` of shape `(B, S)`, with `output_trace=True`):
             Probability of the token when it was committed; NaN for given tokens and padding.
+        cache ([`FrozenCache`], with `block_cache="frozen"`): what `generate` was given.
+        segments (`list[list[int]]`, with `block_cache="frozen"`):
+            Lengths of the segments that each row was written in, prompt and response: the `prompt_segments` of a
+            prompt that begins with it.
     """
 
     sequences: torch.LongTensor | None = None
@@ -70,6 +76,8 @@ class MaskedDiffusionGenerationOutput(ModelOutput):
     tokens_per_forward: torch.FloatTensor | None = None
     commit_steps: torch.LongTensor | None = None
     commit_confidences: torch.FloatTensor | None = None
+    cache: FrozenCache | None = None
+    segments: list[list[int]] | None = None
 
 
 class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFromLeftToRight, GenerationMixin):
@@ -91,6 +99,8 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
         *,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        cache: FrozenCache | None = None,
+        prompt_segments: list[int] | list[list[int]] | None = None,
         **kwargs,
     ) -> MaskedDiffusionGenerationOutput | torch.LongTensor:
         """Writes a continuation of each prompt, and fills the masks inside it, by iterative denoising.
@@ -130,6 +140,13 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
             tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for `stop_strings`.
             attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*):
                 0 for padding. If absent, leading pad tokens are padding, unless pad is an EOS too.
+            cache ([`FrozenCache`], *optional*):
+                With `block_cache="frozen"`, keys and values of earlier texts: what a prompt begins with is not
+                computed again, and the texts of this call join them. The tokens are those of an empty one.
+            prompt_segments (`list[int]`, or one list for each prompt, *optional*):
+                With `block_cache="frozen"`, the lengths of the segments that a prompt is cut into; what remains is
+                one more, and without them the whole prompt is one. A segment sees itself and what is before it. An
+                earlier output's `segments` cut a text as it was written.
             kwargs: fields of [`MaskedDiffusionGenerationConfig`], or `preset`, a name in
                 `generation_config.PRESETS`, whose fields other arguments override.
 
@@ -149,6 +166,7 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
             ("on_step", on_step, Callable),
             ("generator", generator, torch.Generator),
             ("attention_mask", attention_mask, torch.Tensor),
+            ("cache", cache, FrozenCache),
         ):
             if value is not None and not isinstance(value, kind):
                 raise ValueError(f"`{name}` must be a {kind.__name__}, got {value!r}.")
@@ -160,9 +178,14 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
         max_new_tokens = prepare_max_new_tokens(input_ids, attention_mask, config, self.config.max_position_embeddings)
         if (input_ids == config.mask_token_id).any():
             check_pipeline()
+        if cache is not None and config.block_cache != "frozen":
+            raise ValueError(f"`cache` must come with `block_cache='frozen'`, got {config.block_cache!r}.")
+        num_each = config.num_return_sequences or 1
+        segments = [
+            ends for ends in prepare_segments(prompt_segments, attention_mask, config) for _ in range(num_each)
+        ]
         input_ids, attention_mask = (
-            tensor.cpu().repeat_interleave(config.num_return_sequences or 1, 0)
-            for tensor in (input_ids, attention_mask)
+            tensor.cpu().repeat_interleave(num_each, 0) for tensor in (input_ids, attention_mask)
         )
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
             raise ValueError(f"`streamer` must have the methods `put` and `end`, got {streamer!r}.")
@@ -184,9 +207,11 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
                 streamer=streamer,
                 on_step=on_step,
                 index=index,
+                segments=ends,
+                cache=cache,
             )
-            for index, (prompt, mask, noise) in enumerate(
-                zip(input_ids, attention_mask, self._generators(denoiser, generator, len(input_ids)))
+            for index, (prompt, mask, noise, ends) in enumerate(
+                zip(input_ids, attention_mask, self._generators(denoiser, generator, len(input_ids)), segments)
             )
         ]
 
@@ -202,6 +227,9 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
         # 3. Output
         output = _gather(input_ids, attention_mask, [request.result for request in requests], config)
         output = type(output)(**{name: value.to(self._execution_device) for name, value in output.items()})
+        if config.block_cache == "frozen":
+            output.cache = cache
+            output.segments = [_segment_lengths(request) for request in requests]
         return output if config.return_dict_in_generate else output.sequences
 
     @torch.no_grad()
@@ -422,12 +450,20 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
         """The predictor that the settings ask for."""
         arguments = self, canvas, self._execution_device, 2 if is_guided(config) else 1
         if config.compile:
-            return CompiledPredictor(*arguments, config.compile_config or CompileConfig(dynamic=False))
+            kind = CompiledFrozenPredictor if config.block_cache == "frozen" else CompiledPredictor
+            return kind(*arguments, config.compile_config or CompileConfig(dynamic=False))
         if rule_of(config).has_shadows:
-            kind = FullPredictorWithShadows if config.block_cache is None else CachedPredictorWithShadows
+            kinds = {None: FullPredictorWithShadows, "frozen": FrozenPredictorWithShadows}
+            others = CachedPredictorWithShadows
         else:
-            kind = FullPredictor if config.block_cache is None else CachedPredictor
-        return kind(*arguments)
+            kinds, others = {None: FullPredictor, "frozen": FrozenPredictor}, CachedPredictor
+        return kinds.get(config.block_cache, others)(*arguments)
+
+
+def _segment_lengths(request: Request) -> list[int]:
+    length, block_length = len(request.result.tokens), request.denoiser.config.block_length
+    ends = segment_ends(request.segments, len(request.prompt), block_length, length)
+    return [end - start for start, end in zip([0, *ends], ends)]
 
 
 @lru_cache(maxsize=64)

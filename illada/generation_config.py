@@ -24,7 +24,7 @@ from .standard_fields import READ, STANDARD, check_names, check_standard_fields
 logger = logging.get_logger()  # Transformers' own, whose verbosity users set
 
 CANVASES = ("growing", "fixed")
-BLOCK_CACHES = ("prefix", "dual")
+BLOCK_CACHES = ("prefix", "dual", "frozen")
 
 PRESETS: dict[str, dict] = {
     "exact": {
@@ -118,12 +118,14 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         block_cache (`str`, *optional*):
             Compute the whole canvas at the first step of a block; at its other steps reuse those keys and values, and
             recompute only the block (`"dual"`), or the block and what follows it (`"prefix"`; on a growing canvas
-            nothing does). Approximate. Without it every step computes the whole canvas.
+            nothing does). `"frozen"`, on a growing canvas: each block, and the prompt, see what is before them and
+            not what follows, so that their keys and values are computed once. All three are approximate. Without a
+            cache every step computes the whole canvas.
         cache_refresh_interval (`int`, *optional*):
-            With a `block_cache`, compute the whole canvas again every so many steps of a block; 1 is exact.
+            With `"prefix"` or `"dual"`, compute the whole canvas again every so many steps of a block; 1 is exact.
         cache_refresh_entropy (`float`, *optional*):
-            Positive, in nats. With a `block_cache`, compute the whole canvas in the step after one that commits a
-            token whose distribution has more entropy than this (EntropyCache, arXiv 2603.18489).
+            Positive, in nats. With `"prefix"` or `"dual"`, compute the whole canvas in the step after one that commits
+            a token whose distribution has more entropy than this (EntropyCache, arXiv 2603.18489).
         compile (`bool`, *optional*):
             With a `block_cache`, compile the forward pass of a block once, for one shape, and use it in later calls
             of that shape; as a CUDA graph on a GPU.
@@ -360,6 +362,16 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
                 raise ValueError(
                     f"`{name}`={getattr(self, name)} must come with `{needed}`, got {getattr(self, needed)}."
                 )
+        if self.block_cache == "frozen":
+            for name, value, allowed in (
+                ("canvas", self.canvas == "fixed", "'growing': no block sees what follows it"),
+                ("cache_refresh_interval", self.cache_refresh_interval, "absent: nothing is computed again"),
+                ("cache_refresh_entropy", self.cache_refresh_entropy, "absent: nothing is computed again"),
+            ):
+                if value:
+                    raise ValueError(
+                        f"`{name}` must be {allowed} with `block_cache='frozen'`, got {getattr(self, name)!r}."
+                    )
         if self.compile and self.disable_compile:
             raise ValueError("`disable_compile` must be unset with `compile=True`, got True.")
         self._check_mask_id()

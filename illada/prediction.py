@@ -176,11 +176,21 @@ class CachedPredictor(FullPredictor):
 
     def begin(self, row: Row):
         self.computed[row] = self._columns_of(row)
-        self.cache.reserve(len(self.computed), row.end + 1)
+        self._reserve(row)
 
     def end(self, row: Row):
         self.computed.pop(row, None)
-        self.cache.release(row)
+        if self.cache is not None:
+            self.cache.release(row)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of keys and values, which autocast changes."""
+        device = self.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
+
+    def _reserve(self, row: Row):
+        self.cache.reserve(len(self.computed), row.end + 1)
 
     @staticmethod
     def _columns_of(row: Row) -> torch.LongTensor:
@@ -207,14 +217,15 @@ class CachedPredictor(FullPredictor):
 
     def _blocks(self, rows: list[Row], places: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
         """A pass over the blocks of rows that are in the first places of the cache, in that order."""
-        computed, index = self._lay_out(rows, places, columns)
+        computed, index = self._lay_out([self.computed[row] for row in rows], places, columns)
         num_visible = max(row.length for row in rows)
         self.cache.look_at(rows, computed, num_visible)
         return self._pass(rows, computed, texts_only(rows, num_visible), (places, index), self._call_model)
 
-    def _lay_out(self, rows: list[Row], places, columns, width: int = 0) -> tuple[torch.LongTensor, torch.LongTensor]:
+    def _lay_out(
+        self, computed: list[torch.LongTensor], places, columns, width: int = 0
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
         """The columns (R, W) to compute, filled up with the scratch column, and the places of `columns` (M,) there."""
-        computed = [self.computed[row] for row in rows]
         width, scratch = max(width, *(len(each) for each in computed)), self.cache.num_columns - 1
         computed = torch.stack([F.pad(each, (0, width - len(each)), value=scratch) for each in computed])
         return computed, (computed[places] < columns.unsqueeze(-1)).sum(-1)

@@ -1,5 +1,7 @@
 """What `generate` is asked to continue: the prompts, which of their columns are padding, and the room after them."""
 
+from itertools import accumulate
+
 import torch
 from transformers.utils import logging
 
@@ -54,6 +56,37 @@ def prepare_prompts(
             "set `tokenizer.padding_side = 'left'`."
         )
     return input_ids.long(), attention_mask
+
+
+def prepare_segments(
+    prompt_segments: list | None, attention_mask: torch.BoolTensor, config: MaskedDiffusionGenerationConfig
+) -> list[tuple[int, ...]]:
+    """Where the segments of each prompt (B, S) end, from the lengths of the first of them; the rest is one more.
+
+    Raises:
+        ValueError: if they are not lengths that fit, or nothing reads them.
+    """
+    if prompt_segments is None:
+        return [()] * len(attention_mask)
+    if config.block_cache != "frozen":
+        raise ValueError(f"`prompt_segments` must come with `block_cache='frozen'`, got {config.block_cache!r}.")
+    is_for_all = isinstance(prompt_segments, list) and any(isinstance(row, list) for row in prompt_segments)
+    rows = prompt_segments if is_for_all else [prompt_segments]
+    if len(rows) != len(attention_mask):
+        raise ValueError(
+            f"`prompt_segments` must be one list for each of the {len(attention_mask)} prompts, "
+            f"got {prompt_segments!r}."
+        )
+    ends = []
+    for lengths, room in zip(rows, attention_mask.sum(-1).tolist()):
+        is_list = isinstance(lengths, list) and all(type(length) is int and length > 0 for length in lengths)
+        if not is_list or sum(lengths) > room:
+            raise ValueError(
+                f"`prompt_segments` must be lengths of at least 1 that fit into the prompt of {room} tokens, "
+                f"got {lengths!r}."
+            )
+        ends.append(tuple(accumulate(lengths)))
+    return ends
 
 
 def _warn_of_leading_pads(is_pad: torch.BoolTensor, pad_token_id: int):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .canvas import Row
+from .frozen import FrozenPredictor
 from .prediction import CachedPredictor, FullPredictor
 
 
@@ -49,10 +50,11 @@ class FullPredictorWithShadows(FullPredictor):
         """The mask (R, 1, W + W', visible + W') of a pass of W columns and W' shadows; -1 is a shadow of nothing."""
         num_visible, (num_rows, num_shadows) = self._num_visible(computed), shadows.shape
         text = torch.ones(num_rows, num_visible, dtype=torch.bool) if attention_mask is None else attention_mask
-        text = text.unsqueeze(1)
+        text = (text.unsqueeze(1) if text.ndim == 2 else text.squeeze(1)).expand(-1, computed.shape[1], -1)
+        sees = text[torch.arange(num_rows).unsqueeze(-1), torch.searchsorted(computed, shadows)]
         itself = torch.eye(num_shadows, dtype=torch.bool).expand(num_rows, -1, -1)
-        shadow = torch.cat([text & (torch.arange(num_visible) != shadows.unsqueeze(-1)), itself], dim=-1)
-        return torch.cat([F.pad(text.expand(-1, computed.shape[1], -1), (0, num_shadows)), shadow], dim=1).unsqueeze(1)
+        shadow = torch.cat([sees & (torch.arange(num_visible) != shadows.unsqueeze(-1)), itself], dim=-1)
+        return torch.cat([F.pad(text, (0, num_shadows)), shadow], dim=1).unsqueeze(1)
 
     def _make_room(self, rows: list[Row], computed: torch.LongTensor, num_shadows: int):
         """Lets the cache take the shadows' keys after the columns of text that the pass sees."""
@@ -71,3 +73,7 @@ class CachedPredictorWithShadows(FullPredictorWithShadows, CachedPredictor):
         super().begin(row)
         num_shadows = max(each.settings.block_length for each in self.computed)
         self.cache.reserve(len(self.computed), max(each.end for each in self.computed) + num_shadows + 1)
+
+
+class FrozenPredictorWithShadows(CachedPredictorWithShadows, FrozenPredictor):
+    """The same over keys and values that are final."""

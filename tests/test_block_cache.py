@@ -334,7 +334,7 @@ def test_logits_are_made_for_masked_positions_alone(mode, canvas, rule):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"block_cache": "suffix"}, "`block_cache` must be one of 'prefix', 'dual', got 'suffix'"),
+        ({"block_cache": "suffix"}, "`block_cache` must be one of 'prefix', 'dual', 'frozen', got 'suffix'"),
         ({"block_cache": True}, "`block_cache` must be one of"),
         ({"block_cache": "dual", "cache_refresh_interval": 0}, "`cache_refresh_interval` must be an integer of at le"),
         ({"cache_refresh_interval": 2}, "`cache_refresh_interval`=2 must come with `block_cache`, got None"),

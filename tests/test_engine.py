@@ -44,12 +44,13 @@ noise = st.one_of(
 requests = st.fixed_dictionaries(
     {
         "input_ids": st.one_of(prompts, prompts_with_blanks),
-        "canvas": st.sampled_from(["growing", "fixed"]),
         "max_new_tokens": st.integers(1, 9),
         "block_length": st.integers(1, 5),
         "max_denoising_steps": st.integers(1, 5),
         "guidance_scale": st.sampled_from([None, None, 1.5]),
-        "block_cache": st.sampled_from([None, "prefix", "dual"]),
+        "canvas, block_cache": st.sampled_from(
+            [("growing", None), ("fixed", None), ("growing", "prefix"), ("fixed", "dual"), ("growing", "frozen")]
+        ),
         "rule": parallel_rules,
         "noise": noise,
         "arrival": st.integers(0, 12),
@@ -65,6 +66,7 @@ def test_time_does_not_matter(model, asked, rows):
     arrivals, cancellations, expected = {}, {}, {}
     for index, request in enumerate(asked):
         settings = {name: value for name, value in request.items() if name not in ("rule", "noise", "arrival")}
+        settings["canvas"], settings["block_cache"] = settings.pop("canvas, block_cache")
         cancelled = settings.pop("cancelled")
         prompt = settings.pop("input_ids")
         settings |= {**request["rule"], **request["noise"], "pad_token_id": PAD}

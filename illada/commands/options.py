@@ -143,7 +143,7 @@ class DecodingOptions:
     ] = None
     block_cache: Annotated[
         str | None,
-        Option(help="Keep keys and values in a block: prefix or dual; approximate.", show_default="off"),
+        Option(help="Keep keys and values: prefix, dual or frozen; approximate.", show_default="off"),
     ] = None
 
     cache_refresh_entropy: Annotated[
