@@ -25,7 +25,8 @@ from transformers.utils import logging
 from .adapters import check_adapters
 from .denoising import Denoiser
 from .engine import Engine, Request
-from .prompts import prepare_max_new_tokens, prepare_prompts
+from .frozen_cache import FrozenCache, check_cache
+from .prompts import prepare_max_new_tokens, prepare_prompts, prepare_segments
 from .request_output import RequestOutput, Ticket
 
 __all__ = ["ContinuousBatchingManager", "QueueFull", "RequestOutput"]
@@ -97,6 +98,8 @@ class ContinuousBatchingManager:
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         on_step: Callable | None = None,
+        cache: FrozenCache | None = None,
+        prompt_segments: list[int] | None = None,
         **settings: Any,
     ) -> str:
         """Puts a request in line, and returns its id.
@@ -108,7 +111,7 @@ class ContinuousBatchingManager:
             streaming (`bool`): whether to deliver a result for each settled block, and not only the last.
             record_timestamps (`bool`): whether results have the time at which each token was settled, in seconds.
             eos_token_id (`int` or `list[int]`, *optional*).
-            tokenizer, logits_processor, stopping_criteria, on_step: as in `generate`.
+            tokenizer, logits_processor, stopping_criteria, on_step, cache, prompt_segments: as in `generate`.
             settings: fields of [`MaskedDiffusionGenerationConfig`], `seed` among them, or `preset`.
 
         Raises:
@@ -118,7 +121,8 @@ class ContinuousBatchingManager:
         """
         own = {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}
         settings |= {name: value for name, value in own.items() if value is not None}
-        requests = self.prepare(input_ids, tokenizer, logits_processor, stopping_criteria, on_step, **settings)
+        arguments = tokenizer, logits_processor, stopping_criteria, on_step, cache, prompt_segments
+        requests = self.prepare(input_ids, *arguments, **settings)
         request_id = f"req_{next(self._counter)}" if request_id is None else request_id
         names = [*(f"{request_id}__child#{index}" for index in range(len(requests) - 1)), request_id]
         tickets = []
@@ -145,6 +149,8 @@ class ContinuousBatchingManager:
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         on_step: Callable | None = None,
+        cache: FrozenCache | None = None,
+        prompt_segments: list[int] | None = None,
         **settings: Any,
     ) -> list[Request]:
         """The requests of a prompt, checked and not in line yet: `num_return_sequences` of them, as in `generate`.
@@ -160,6 +166,8 @@ class ContinuousBatchingManager:
             raise ValueError(f"`mask_token_id` must be the manager's, {own}, got {config.mask_token_id}.")
         prompt = torch.as_tensor(input_ids).reshape(1, -1)
         prompt, mask = prepare_prompts(prompt, torch.ones_like(prompt), config, self.model.config.vocab_size)
+        check_cache(cache, config.block_cache)
+        [segments] = prepare_segments(prompt_segments, mask, config)
         budget = prepare_max_new_tokens(prompt, mask, config, self.model.config.max_position_embeddings)
         denoiser = self._denoiser(config, settings, logits_processor)
         criteria = self.model._prepare_stopping_criteria(config, stopping_criteria, tokenizer)
@@ -177,6 +185,8 @@ class ContinuousBatchingManager:
                 generator=generator,
                 stopping_criteria=criteria,
                 on_step=on_step,
+                segments=segments,
+                cache=cache,
             )
             self.engine.check(request)
             requests.append(request)

@@ -9,6 +9,8 @@ Each pass computes what is not frozen yet, up to the end of the segment in which
 block these are the segments before it that have become final and the block itself, in the others only the block.
 """
 
+from contextlib import suppress
+
 import torch
 
 from .canvas import Row
@@ -49,12 +51,12 @@ class FrozenPredictor(CachedPredictor):
                 self.frozen[row], self.found[row] = found
 
     def end(self, row: Row):
-        length = self.frozen.pop(row, 0)
-        if row.cache is not None and length and row not in self.found:
+        length, found = self.frozen.pop(row, 0), self.found.pop(row, None)
+        if row.cache is not None and length and found is None:
             tokens, ends = self._seen(row, length), self._ends(row, length)
-            row.cache.keep(KeptText(self._state(), tokens, ends, self.cache.copy(row, length)))
+            with suppress(torch.OutOfMemoryError):  # what there is no room for is not kept
+                row.cache.keep(KeptText(self._state(), tokens, ends, self.cache.copy(row, length)))
         self.ends.pop(row, None)
-        self.found.pop(row, None)
         super().end(row)
 
     def logits(self, rows: list[Row], places: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:

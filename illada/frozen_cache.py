@@ -95,6 +95,14 @@ class FrozenCache:
                 del self._texts[0]
 
 
+def check_cache(cache: FrozenCache | None, block_cache: str | None):
+    """Raises a `ValueError` if this is no cache, or nothing would read it."""
+    if not isinstance(cache, FrozenCache | None):
+        raise ValueError(f"`cache` must be a FrozenCache, got {cache!r}.")
+    if cache is not None and block_cache != "frozen":
+        raise ValueError(f"`cache` must come with `block_cache='frozen'`, got {block_cache!r}.")
+
+
 def state_of(model: nn.Module, dtype: torch.dtype) -> tuple:
     """What keys and values depend on beside the tokens: equal for a model whose weights have not been changed in
     place, whose adapters are switched as they were, and which computes in the same dtype."""

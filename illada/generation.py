@@ -32,7 +32,7 @@ from .denoising import Denoiser, DenoisingStep
 from .end_of_thinking import EndOfThinkingBoost
 from .engine import Engine, Request, RequestResult
 from .frozen import FrozenPredictor, segment_ends
-from .frozen_cache import FrozenCache
+from .frozen_cache import FrozenCache, check_cache
 from .generate_batch import ContinuousBatchingMixin
 from .generation_config import MaskedDiffusionGenerationConfig
 from .inherited import RefusesWritingFromLeftToRight, check_pipeline
@@ -166,7 +166,6 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
             ("on_step", on_step, Callable),
             ("generator", generator, torch.Generator),
             ("attention_mask", attention_mask, torch.Tensor),
-            ("cache", cache, FrozenCache),
         ):
             if value is not None and not isinstance(value, kind):
                 raise ValueError(f"`{name}` must be a {kind.__name__}, got {value!r}.")
@@ -178,8 +177,7 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
         max_new_tokens = prepare_max_new_tokens(input_ids, attention_mask, config, self.config.max_position_embeddings)
         if (input_ids == config.mask_token_id).any():
             check_pipeline()
-        if cache is not None and config.block_cache != "frozen":
-            raise ValueError(f"`cache` must come with `block_cache='frozen'`, got {config.block_cache!r}.")
+        check_cache(cache, config.block_cache)
         num_each = config.num_return_sequences or 1
         segments = [
             ends for ends in prepare_segments(prompt_segments, attention_mask, config) for _ in range(num_each)

@@ -15,10 +15,10 @@ from tiny_models import random_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from illada import EMBEDDED_MODEL, ILLaDAConfig
+from illada import EMBEDDED_MODEL, FrozenCache, ILLaDAConfig, ILLaDAModel
 from illada.commands.conversation import Conversation
 from illada.commands.main import app
-from illada.text.prompts import sent_messages
+from illada.text.prompts import encode_prompt, sent_messages, turn_segments
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'][0] + ' ' + message['content'] + '\n' }}{% endfor %}"
@@ -71,6 +71,40 @@ def test_answers_are_generates_with_the_history_before_them(checkpoint, model_an
             assert json.loads(saved.read_text()) == history
     assert expected[0] == expected[2] and len(set(expected)) == 3
     assert [line for line in result.stdout.splitlines() if not line.startswith("Saved")] == expected
+
+
+def test_a_frozen_cache_goes_from_turn_to_turn(checkpoint, monkeypatch):
+    """What was computed for an earlier turn is not computed again, and the answers are those of an empty cache."""
+    computed, real = [], ILLaDAModel.forward
+
+    def forward(self, input_ids=None, **arguments):
+        computed.append(input_ids.numel())
+        return real(self, input_ids=input_ids, **arguments)
+
+    monkeypatch.setattr(ILLaDAModel, "forward", forward)
+    lines = ["ab", "cd e", "/retry", "ab c", "/undo", "f"]
+    found = converse(checkpoint, lines, "--block-cache", "frozen")
+    assert found.exit_code == 0 and not found.stderr
+    num_found = sum(computed)
+    computed.clear()
+    monkeypatch.setattr(FrozenCache, "find", lambda *_: None)
+    empty = converse(checkpoint, lines, "--block-cache", "frozen")
+    assert found.stdout == empty.stdout and len(set(found.stdout.splitlines())) >= 3
+    assert num_found < sum(computed) - 40
+
+
+def test_a_conversation_is_cut_where_answers_begin_and_end(model_and_tokenizer):
+    _, tokenizer = model_and_tokenizer
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "ab"}]
+    lengths = [len(encode_prompt(tokenizer, messages))]
+    assert turn_segments(tokenizer, messages, encode_prompt(tokenizer, messages), 4) == []
+    messages += [{"role": "assistant", "content": "efghi"}, {"role": "user", "content": "j"}]
+    prompt = encode_prompt(tokenizer, messages)
+    lengths += [4, 2]  # five letters and a line break
+    assert turn_segments(tokenizer, messages, prompt, 4) == lengths
+    rest = len(prompt) - sum(lengths)
+    messages += [{"role": "assistant", "content": "kl"}, {"role": "user", "content": "m"}]
+    assert turn_segments(tokenizer, messages, encode_prompt(tokenizer, messages), 4) == [*lengths, rest, 3]
 
 
 def test_options_reach_generate(checkpoint, model_and_tokenizer):

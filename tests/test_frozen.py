@@ -225,6 +225,24 @@ def test_keys_and_values_of_other_weights_are_not_found(model):
     assert short.num_tokens == 0  # the text is longer
 
 
+def test_many_requests_share_a_cache(model):
+    """Each begins with a text of an earlier one, and gets what it gets by itself."""
+    cache, expected, manager = FrozenCache(), {}, model.init_continuous_batching()
+    settings = {name: value for name, value in SETTINGS.items() if name != "return_dict_in_generate"}
+    first = model.generate(torch.tensor([PROMPT]), **SETTINGS, cache=cache)
+    text = first.sequences[0].tolist()
+    for name, rest in (("a", [7]), ("b", [8, 9]), ("c", [10, 11, 12])):
+        expected[name] = model.generate(torch.tensor([text + rest]), **settings, prompt_segments=first.segments)[
+            0, len(text + rest) :
+        ].tolist()
+        manager.add_request(text + rest, name, **settings, cache=cache, prompt_segments=first.segments[0])
+    with Columns(model) as columns:
+        while manager._step():
+            pass
+    assert columns.passes[0] == 3 * (4 + 3 + 4)
+    assert {output.request_id: output.generated_tokens for output in manager._results} == expected
+
+
 # Compiled, and other kinds of attention
 
 

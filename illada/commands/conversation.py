@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from jinja2 import TemplateError
 
+from ..frozen_cache import FrozenCache
+from ..generation_config import MaskedDiffusionGenerationConfig
 from ..text.blanks import fill_blanks, spell_blanks
 from ..text.loading import Checkpoint
-from ..text.prompts import encode_prompt, sent_messages
+from ..text.prompts import encode_prompt, sent_messages, turn_segments
 from .errors import CommandError, WrongUsage
 from .live import run_generate
 from .options import check_settings
@@ -59,6 +61,7 @@ class Conversation:
         self.settings, self.pause = settings, pause
         self.system: str | None = None
         self.messages: list[dict] = []
+        self.cache = FrozenCache(max_tokens=checkpoint.config.max_position_embeddings)
         self.told_of_history = False
         self.is_terminal = sys.stdin.isatty()
         if system is not None:
@@ -127,9 +130,8 @@ class Conversation:
             print("illada: this model answers each message by itself; earlier ones are not sent.", file=sys.stderr)
         input_ids = encode_prompt(self.tokenizer, sent)
         self._check_room(len(input_ids), len(sent))
-        output = run_generate(
-            self.model, self.tokenizer, input_ids, self.pause, generator=self.generator, **self.settings
-        )
+        settings = self.settings | self._frozen(sent, input_ids) | {"generator": self.generator}
+        output = run_generate(self.model, self.tokenizer, input_ids, self.pause, **settings)
         response = output.sequences[0, len(input_ids) :]
         reply = self.tokenizer.decode(response, skip_special_tokens=True).strip()
         if mask_token_id in input_ids:
@@ -143,6 +145,15 @@ class Conversation:
             tell_if_cut(finish_reason(output, len(input_ids), eos_token_ids, reply, stop))
         turn = {"role": "user", "content": text}, {"role": "assistant", "content": reply}
         self.messages = [*self.messages, *turn]
+
+    def _frozen(self, sent: list[dict], input_ids: list[int]) -> dict:
+        """With a frozen cache, the arguments of `generate` by which only what is new is computed."""
+        own = self.checkpoint.generation_config
+        config = MaskedDiffusionGenerationConfig.merged(own, None, **self.settings)
+        if config.block_cache != "frozen":
+            return {}
+        segments = turn_segments(self.tokenizer, sent, input_ids, config.block_length)
+        return {"cache": self.cache, "prompt_segments": segments}
 
     def _check_room(self, prompt_length: int, num_messages: int):
         try:
