@@ -148,9 +148,13 @@ def modes(
         "prefix": diffusion(block_cache="prefix"),
         "dual": diffusion(block_cache="dual"),
         "prefix, refreshed by entropy": diffusion(block_cache="prefix", cache_refresh_entropy=bound),
+        "frozen": diffusion(block_cache="frozen"),
         "prefix, compiled": diffusion(block_cache="prefix", compile=True),
+        "frozen, compiled": diffusion(block_cache="frozen", compile=True),
         "prefix, threshold": diffusion(block_cache="prefix", **parallel),
+        "frozen, threshold": diffusion(block_cache="frozen", **parallel),
         "prefix, threshold, compiled": diffusion(block_cache="prefix", compile=True, **parallel),
+        "frozen, threshold, compiled": diffusion(block_cache="frozen", compile=True, **parallel),
         "autoregressive": autoregressive,
     }
 
