@@ -51,7 +51,7 @@ class FullPredictorWithShadows(FullPredictor):
         num_visible, (num_rows, num_shadows) = self._num_visible(computed), shadows.shape
         text = torch.ones(num_rows, num_visible, dtype=torch.bool) if attention_mask is None else attention_mask
         text = (text.unsqueeze(1) if text.ndim == 2 else text.squeeze(1)).expand(-1, computed.shape[1], -1)
-        sees = text[torch.arange(num_rows).unsqueeze(-1), torch.searchsorted(computed, shadows)]
+        sees = text[torch.arange(num_rows).unsqueeze(-1), torch.searchsorted(computed.contiguous(), shadows)]
         itself = torch.eye(num_shadows, dtype=torch.bool).expand(num_rows, -1, -1)
         shadow = torch.cat([sees & (torch.arange(num_visible) != shadows.unsqueeze(-1)), itself], dim=-1)
         return torch.cat([F.pad(text, (0, num_shadows)), shadow], dim=1).unsqueeze(1)

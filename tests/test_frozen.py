@@ -9,6 +9,7 @@ from tiny_models import EOS, MASK, PAD, pad_left, random_model
 from transformers import CompileConfig
 
 from illada import FrozenCache
+from illada.commit_rules import T2M, WINO, rule_names
 
 MODELS = [random_model(seed, num_layers=3) for seed in range(3)]
 WORDS = [token for token in range(37) if token not in (PAD, EOS, MASK)]
@@ -75,6 +76,31 @@ def test_the_text_is_that_of_a_block_causal_mask(seed):
 def test_a_thousand_texts_are_those_of_a_block_causal_mask():
     for seed in range(1000):
         check_against_the_oracle(seed)
+
+
+REMASKING = {"t2m": T2M(threshold=0.4, bound=0.3), "wino": WINO(draft=0.3, verify=0.8)}
+
+
+@pytest.mark.parametrize("rule", rule_names())
+@pytest.mark.parametrize("guidance_scale", [None, 1.5])
+def test_one_layer_is_exact_with_every_rule(rule, guidance_scale):
+    """Keys and values of a first layer depend on their own tokens, so that blocks see what they do without a cache."""
+    rng, model, num_remasked = random.Random(0), random_model(0), 0
+    for _ in range(5):
+        _, prompts, _, settings = random_call(rng)
+        settings |= {
+            "commit_rule": REMASKING.get(rule, rule),
+            "guidance_scale": guidance_scale,
+            "confidence_threshold": None,
+        }
+        arguments = {**pad_left(prompts), **FROZEN, **settings, "return_dict_in_generate": True}
+        steps = []
+        exact = model.generate(**{**arguments, "block_cache": None}, on_step=steps.append)
+        frozen = model.generate(**arguments)
+        assert torch.equal(frozen.sequences, exact.sequences)
+        assert torch.equal(frozen.num_forward_passes, exact.num_forward_passes)
+        num_remasked += sum(int(step.remasked.sum()) for step in steps)
+    assert num_remasked or rule not in REMASKING
 
 
 # What is computed
