@@ -108,7 +108,8 @@ class Engine:
     Attributes:
         waiting (`deque[Request]`): in order of arrival. What does not fit waits, and nothing overtakes it.
         active (`dict[Row, Request]`): what is being written.
-        num_passes (`int`), num_row_passes (`int`): passes so far, and the rows that took part in them.
+        num_passes (`int`), num_row_passes (`int`): passes so far, and the rows that took part in
+            them; for a listener, the pass that it hears of included.
     """
 
     def __init__(self, make_predictor: Callable, mask_token_id: int, max_rows: int, max_tokens: int | None = None):
@@ -158,9 +159,10 @@ class Engine:
         for key, rows in _grouped(self.active, lambda row: predictor_key(row.settings)).items():
             with self._failing(rows):
                 decided += self._predict_and_decide(self.predictors[key], rows)
+        self.num_passes += bool(decided)  # whoever hears of an answer finds its passes counted
+        self.num_row_passes += sum(len(blocks.rows) for blocks, _ in decided)
         for blocks, outcome in zip([blocks for blocks, _ in decided], _read([outcome for _, outcome in decided])):
             self._write(blocks, *outcome)
-        self.num_passes += bool(decided)
         return bool(self.active or self.waiting)
 
     def run(self):
@@ -216,7 +218,6 @@ class Engine:
         predicted = blocks.masked | blocks.exists & torch.tensor([[self.rules[row].may_remask] for row in rows])
         places, line = predicted.nonzero(as_tuple=True)
         logits = predictor.logits(rows, places, blocks.columns[places, line])
-        self.num_row_passes += len(rows)
         decided = []
         for group in _grouped(range(len(rows)), lambda place: self._decision_key(rows[place])).values():
             together = [rows[place] for place in group]

@@ -98,13 +98,12 @@ def served(manager, arrivals: dict[int, list]) -> list[list[str]]:
     passes: dict[int, list[str]] = {}
 
     def listener(name: str):
-        # The engine counts a pass when it is over.
         return lambda step: passes.setdefault(manager.engine.num_passes, []).append(name)
 
     for arguments in (arguments for batch in arrivals.values() for arguments in batch):
         arguments["on_step"] = listener(arguments["request_id"])
     run(manager, arrivals)
-    assert list(passes) == list(range(manager.engine.num_passes))
+    assert list(passes) == list(range(1, manager.engine.num_passes + 1))
     return [sorted(names) for names in passes.values()]
 
 
