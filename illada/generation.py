@@ -381,7 +381,7 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
                     f"`tokenizer` must be passed with `stop_strings`={config.stop_strings!r}, got {tokenizer!r}."
                 )
             strings = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings
-            criteria.append(_stop_string_criterion(tokenizer, tuple(strings)))
+            criteria.append(_stop_string_criterion(tokenizer, len(tokenizer), tuple(strings)))
         return criteria
 
     def _prepare_denoiser(
@@ -465,8 +465,13 @@ def _segment_lengths(request: Request) -> list[int]:
 
 
 @lru_cache(maxsize=64)
-def _stop_string_criterion(tokenizer: PreTrainedTokenizerBase, stop_strings: tuple[str, ...]) -> StopStringCriteria:
-    """Requests of one tokenizer and the same strings share it: making it goes through the whole vocabulary."""
+def _stop_string_criterion(
+    tokenizer: PreTrainedTokenizerBase, num_tokens: int, stop_strings: tuple[str, ...]
+) -> StopStringCriteria:
+    """Requests of one tokenizer and the same strings share it: making it goes through the whole vocabulary.
+
+    `num_tokens` of that vocabulary: a tokenizer that has got new ones needs another.
+    """
     return StopStringCriteria(tokenizer, list(stop_strings))
 
 
