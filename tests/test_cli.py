@@ -208,6 +208,7 @@ BAD_VALUES = {
     "--host": ["no such host"],
     "--port": ["0", "99999", "http"],
     "--max-waiting": ["0"],
+    "--max-cached-tokens": ["0", "x"],
     "--max-rows": ["0", "many"],
     "--max-tokens": ["0", "many"],
     "--timeout": ["0", "soon", "nan"],

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from illada import EMBEDDED_MODEL, MaskedDiffusionGenerationConfig
+from illada import EMBEDDED_MODEL, ILLaDAModel, MaskedDiffusionGenerationConfig
 from illada.text.blanks import encode_with_blanks
+from illada.text.prompts import encode_prompt, turn_segments
 
 openai = pytest.importorskip("openai", reason="the server is asked by the `openai` client, which is not installed")
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -66,6 +67,46 @@ def events(server, body: dict, path: str = "/v1/chat/completions") -> list[dict]
     lines = [line.removeprefix("data: ") for line in text.split("\n") if line]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
+
+
+# Conversations
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """The columns of each forward pass."""
+    computed, real = [], ILLaDAModel.forward
+
+    def forward(self, input_ids=None, **arguments):
+        computed.append(input_ids.numel())
+        return real(self, input_ids=input_ids, **arguments)
+
+    monkeypatch.setattr(ILLaDAModel, "forward", forward)
+    return computed
+
+
+def test_a_frozen_cache_goes_from_turn_to_turn(tokenizer, generated, computed):
+    """The second turn computes its new tokens and the answer's last block, and says what it says with no cache."""
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
+    model.config.single_turn = False
+    settings = {"block_cache": "frozen", "block_length": 8}
+    body = {"messages": QUESTION, "max_completion_tokens": 24, **settings}
+    with ThreadServer(model, tokenizer) as server:
+        first = asked(server, body, "/v1/chat/completions")["choices"][0]["message"]["content"]
+        history = [*QUESTION, {"role": "assistant", "content": first}, {"role": "user", "content": "And now?"}]
+        ids = encode_prompt(tokenizer, history)
+        answers, columns = [], []
+        for _ in range(2):
+            computed.clear()
+            answers.append(asked(server, {**body, "messages": history}, "/v1/chat/completions"))
+            columns.append(computed[0])
+            server.worker.cache.clear()
+    segments = turn_segments(tokenizer, history, ids, 8)
+    num_kept = len(question_ids(tokenizer)) + 8 * ((sum(segments[1:]) - 1) // 8)
+    assert len(segments) >= 3 and columns == [len(ids) + 8 - num_kept, len(ids) + 8]
+    alone = generated(ids, max_new_tokens=24, prompt_segments=segments, **settings)
+    expected = tokenizer.decode(alone.sequences[0, len(ids) :], skip_special_tokens=True)
+    assert [answer["choices"][0]["message"]["content"] for answer in answers] == [expected] * 2
 
 
 # Blanks

@@ -39,6 +39,12 @@ def serve(
         ),
     ] = None,
     max_waiting: Annotated[int, typer.Option(help="Texts that may wait; further ones get a 429.", min=1)] = 256,
+    max_cached_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Tokens of finished texts whose keys and values are kept for later turns, with a frozen cache.", min=1
+        ),
+    ] = 16384,
     max_prompt_tokens: Annotated[
         int | None,
         typer.Option(help="Longest prompt in tokens; a longer one gets a 400.", min=1, show_default="the model's"),
@@ -80,7 +86,8 @@ def serve(
     model.generation_config = MaskedDiffusionGenerationConfig.merged(model.generation_config, None, **settings)
     options = ServerOptions(api_key, timeout, max_body_kib * 1024, allow_origin or [], max_prompt_tokens)
     name = name or checkpoint.name
-    app = build_app(Worker(model, max_rows, max_tokens, max_waiting), checkpoint.tokenizer, name, options)
+    worker = Worker(model, max_rows, max_tokens, max_waiting, max_cached_tokens)
+    app = build_app(worker, checkpoint.tokenizer, name, options)
     print(f"Serving {name} at http://{host}:{port}/v1 (Ctrl-C ends it).", flush=True)
     config = uvicorn.Config(app, timeout_graceful_shutdown=math.ceil(stop_timeout))
     uvicorn.Server(config).run(sockets=[listener])

@@ -1,9 +1,11 @@
 """From the body of a request to the texts that are written for it, for the server and for files of requests."""
 
+import functools
 from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
+from ..text.prompts import turn_segments
 from .choices import Choice, Piece
 from .errors import ApiError, from_value_error
 from .fields import WritingFields
@@ -57,8 +59,11 @@ class Composer:
         Raises:
             ApiError: names the setting that cannot be honoured.
         """
+        segment = None
+        if prompt.messages is not None:
+            segment = functools.partial(turn_segments, self.tokenizer, prompt.messages, prompt.input_ids)
         try:
-            return self.worker.prepare(prompt.input_ids, settings, prompt.first, count)
+            return self.worker.prepare(prompt.input_ids, settings, prompt.first, count, segment)
         except ValueError as error:
             raise from_value_error(error) from error
 

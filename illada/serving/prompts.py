@@ -22,12 +22,14 @@ class Prompt:
         first (`int`): where the answer begins.
         end (`int`, *optional*): where it ends; if absent it is continued, by `max_new_tokens` at most.
         max_new_tokens (`int`, *optional*): if absent, as many as the checkpoint says.
+        messages (`list[dict]`, *optional*): of which the text was made by the chat template.
     """
 
     input_ids: list[int]
     first: int
     end: int | None = None
     max_new_tokens: int | None = None
+    messages: list[dict] | None = None
 
 
 class PromptEncoder:
@@ -68,7 +70,8 @@ class PromptEncoder:
             raise ApiError(400, f"The model's chat template refuses the messages: {error}.", "messages") from error
         if self.mask_token_id in input_ids:
             raise ApiError(400, "`messages` must not have a blank, [MASK]: /v1/completions fills blanks.", "messages")
-        return [Prompt(input_ids, len(input_ids), max_new_tokens=self._budget(body, len(input_ids)))]
+        budget = self._budget(body, len(input_ids))
+        return [Prompt(input_ids, len(input_ids), max_new_tokens=budget, messages=messages)]
 
     def completions(self, body: CompletionBody) -> list[Prompt]:
         """Each prompt of the request."""

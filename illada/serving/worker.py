@@ -11,6 +11,7 @@ from transformers import ContinuousBatchingConfig
 from ..continuous_batching import DEFAULT_MAX_ROWS, ContinuousBatchingManager
 from ..denoising import DenoisingStep
 from ..engine import Request
+from ..frozen_cache import FrozenCache
 from ..generation import MaskedDiffusionGenerationMixin
 from ..generation_config import MaskedDiffusionGenerationConfig
 
@@ -111,6 +112,8 @@ class Worker:
         max_rows (`int`): texts that are written at a time.
         max_tokens (`int`, *optional*): the most that rows times columns of the longest text may be.
         max_waiting (`int`): requests that may wait for a row.
+        max_cached_tokens (`int`): tokens of finished texts whose keys and values are kept for later requests with
+            `block_cache="frozen"`.
     """
 
     def __init__(
@@ -119,11 +122,13 @@ class Worker:
         max_rows: int = DEFAULT_MAX_ROWS,
         max_tokens: int | None = None,
         max_waiting: int = 256,
+        max_cached_tokens: int = 16384,
     ):
         self.model, self.max_rows, self.max_tokens, self.max_waiting = model, max_rows, max_tokens, max_waiting
         config = ContinuousBatchingConfig(
             max_requests_per_batch=max_rows, max_batch_tokens=max_tokens, max_queue_size=max_waiting
         )
+        self.cache = FrozenCache(max_cached_tokens)
         self.manager = ContinuousBatchingManager(model, None, config)
         self.manager.start()
 
@@ -137,7 +142,12 @@ class Worker:
         return self.manager.is_running()
 
     def prepare(
-        self, input_ids: list[int], settings: dict, first_column: int = 0, count: int = 1
+        self,
+        input_ids: list[int],
+        settings: dict,
+        first_column: int = 0,
+        count: int = 1,
+        segment: Callable[[int], list[int]] | None = None,
     ) -> list[TextRequest]:
         """Requests for `count` texts on a prompt, checked and not queued yet. May be called from any thread.
 
@@ -146,18 +156,27 @@ class Worker:
             settings: fields of [`MaskedDiffusionGenerationConfig`], or `preset`. With a `seed`, the second text has
                 the seed after it, and so on; without one, fresh noise.
             first_column: where each text begins that listeners hear of.
+            segment: gives the `prompt_segments` of the prompt for a block length, if the settings ask for a frozen
+                cache; without it the prompt is one segment.
 
         Raises:
             ValueError: names the setting, its value and what is allowed.
         """
-        requests = []
+        requests, frozen = [], self._frozen(settings, segment)
         for index in range(count):  # not `num_return_sequences`, which greedy texts cannot have
             own = settings | {"num_return_sequences": 1}
             if settings.get("seed") is not None:
                 own["seed"] = settings["seed"] + index
-            [request] = self.manager.prepare(input_ids, **own)
+            [request] = self.manager.prepare(input_ids, **frozen, **own)
             requests.append(TextRequest(request, self.manager, first_column))
         return requests
+
+    def _frozen(self, settings: dict, segment: Callable[[int], list[int]] | None) -> dict:
+        """With a frozen cache, the arguments by which only what is new of a prompt is computed."""
+        config = self.model._prepare_settings(None, settings)
+        if config.block_cache != "frozen":
+            return {}
+        return {"cache": self.cache, "prompt_segments": segment and segment(config.block_length)}
 
     def submit(self, requests: list[TextRequest]):
         """Queues all of the requests, or none.
