@@ -5,11 +5,12 @@ else (which masks are left, where a text ends, what a listener is told) costs no
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 
+from .commit_rules import quota_of
 from .frozen_cache import FrozenCache
 from .generation_config import MaskedDiffusionGenerationConfig
 
@@ -27,8 +28,12 @@ class Row:
         block (`torch.LongTensor` of shape `(N,)`): the columns that are being decoded together, in rising order.
         blocks (`Iterator`): the blocks after it.
         num_passes (`int`): passes in which the row took part.
-        block_passes (`int`): those of them since the block was opened.
-        is_stale (`bool`): the last pass committed a token of more entropy than `cache_refresh_entropy`.
+        block_steps (`int`): steps since the block was opened: one for each pass, and one for each guess of
+            `num_drafts` that was right.
+        is_stale (`bool`): the last step committed a token of more entropy than `cache_refresh_entropy`.
+        drafts (`list[Row]`): guesses of what the next steps make of the text, which the next pass predicts too.
+        draft_indices (`list[int]`): where in the canvas its drafts may be.
+        draft_of (`Row`, *optional*): the row that this is a guess of.
         segments (`tuple[int, ...]`): where the prompt's segments end, for a frozen cache; empty if it is one.
         cache ([`FrozenCache`], *optional*): where a frozen cache finds the text's beginning, and leaves it.
     """
@@ -41,8 +46,11 @@ class Row:
     block: torch.LongTensor | None = None
     blocks: Iterator[torch.LongTensor] = iter(())
     num_passes: int = 0
-    block_passes: int = 0
+    block_steps: int = 0
     is_stale: bool = False
+    drafts: "list[Row]" = field(default_factory=list)
+    draft_indices: list[int] = field(default_factory=list)
+    draft_of: "Row | None" = None
     segments: tuple[int, ...] = ()
     cache: FrozenCache | None = None
 
@@ -51,20 +59,35 @@ class Row:
         """Whether the block is of the response, and not of the prompt's blanks, which are filled before it."""
         return int(self.block[0]) >= self.prompt_length
 
+    @property
+    def owner(self) -> "Row":
+        """The row that this is a guess of, or itself."""
+        return self if self.draft_of is None else self.draft_of
+
+    def quota(self, steps_ahead: int = 0) -> int:
+        """Positions that the schedule commits in the row's next step, or in one after it."""
+        num_steps = self.settings.max_denoising_steps or self.settings.block_length
+        return quota_of(len(self.block), num_steps, self.block_steps + steps_ahead)
+
+
+def without_drafts(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row.draft_of is None]
+
 
 class Canvas:
-    """The rows' texts: B rows of S columns, on the host. S grows with the longest text.
+    """The rows' texts: B rows of S columns, on the host. S grows with the longest text. D rows after them are drafts.
 
     Attributes:
-        tokens (`torch.LongTensor` of shape `(B, S)`): [MASK] where nothing is decided yet.
-        given (`torch.BoolTensor` of shape `(B, S)`): True for the tokens that the caller gave.
+        tokens (`torch.LongTensor` of shape `(B + D, S)`): [MASK] where nothing is decided yet.
+        given (`torch.BoolTensor` of shape `(B + D, S)`): True for the tokens that the caller gave.
         commit_steps (`torch.LongTensor` of shape `(B, S)`): the row's pass that decided the position; 0 if none did.
         commit_confidences (`torch.FloatTensor` of shape `(B, S)`): probability of the token then; NaN if none did.
         num_remasks (`torch.LongTensor` of shape `(B, S)`): how often the position was masked again.
     """
 
     def __init__(self, num_rows: int, mask_token_id: int):
-        self.mask_token_id = mask_token_id
+        self.num_rows, self.mask_token_id = num_rows, mask_token_id
+        self.free_drafts: list[int] = []
         self.tokens = torch.full((num_rows, 0), mask_token_id)
         self.given = torch.zeros((num_rows, 0), dtype=torch.bool)
         self.commit_steps = torch.zeros((num_rows, 0), dtype=torch.long)
@@ -92,7 +115,34 @@ class Canvas:
         length = end if settings.canvas == "fixed" else len(prompt)
         row = Row(index, settings, len(prompt), end, length)
         row.blocks = self._blocks(row, settings.block_length)
+        row.draft_indices = self._take_drafts(settings.num_candidates - 1)
         return row
+
+    def _take_drafts(self, count: int) -> list[int]:
+        """Rows for `count` drafts."""
+        if (missing := count - len(self.free_drafts)) > 0:
+            first = len(self.tokens)
+            self.tokens = F.pad(self.tokens, (0, 0, 0, missing), value=self.mask_token_id)
+            self.given = F.pad(self.given, (0, 0, 0, missing), value=False)
+            self.free_drafts += range(first, first + missing)
+        taken, self.free_drafts = self.free_drafts[:count], self.free_drafts[count:]
+        return taken
+
+    def release(self, row: Row):
+        """Gives up the places of a row's drafts."""
+        self.free_drafts += row.draft_indices
+        row.drafts, row.draft_indices = [], []
+
+    def draft(self, row: Row, blocks: torch.LongTensor) -> list[Row]:
+        """The row's text with each of these guesses (D, N) of its block, one step later each, as rows of their own."""
+        indices = row.draft_indices[: len(blocks)]
+        for text, index in zip(blocks, indices):
+            self.tokens[index], self.given[index] = self.tokens[row.index], self.given[row.index]
+            self.tokens[index, row.block] = text
+        return [
+            replace(row, index=index, drafts=[], draft_indices=[], draft_of=row, block_steps=row.block_steps + steps)
+            for steps, index in enumerate(indices, start=1)
+        ]
 
     def _blocks(self, row: Row, block_length: int) -> Iterator[torch.LongTensor]:
         """The columns of each block in the order of decoding: blanks of the prompt first, then the response.
@@ -159,11 +209,10 @@ class ActiveBlocks:
         committed: torch.BoolTensor,
         remasked: torch.BoolTensor | None,
     ):
-        """Counts a pass of the rows; writes tokens where `committed`, [MASK] where `remasked`; all (R, W)."""
+        """Counts a step of the rows; writes tokens where `committed`, [MASK] where `remasked`; all (R, W)."""
         canvas = self.canvas
         for row in self.rows:
-            row.num_passes += 1
-            row.block_passes += 1
+            row.block_steps += 1
         place, column = committed.nonzero(as_tuple=True)
         where = self.index[place, 0], self.columns[place, column]
         canvas.tokens[where] = tokens[place, column]

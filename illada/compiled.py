@@ -8,9 +8,10 @@ import torch
 from transformers.generation.configuration_utils import CompileConfig
 
 from .block_cache import StaticBlockCache
-from .canvas import Row
+from .canvas import Row, without_drafts
 from .frozen import FrozenPredictor
-from .prediction import BUCKET, CachedPredictor, texts_only
+from .prediction import BUCKET, CachedPredictor
+from .tree import Tree
 
 
 class CompiledPasses:
@@ -59,7 +60,7 @@ class CompiledPredictor(CachedPredictor):
 
     def __init__(self, model, canvas, device, num_branches: int, compile_config: CompileConfig):
         super().__init__(model, canvas, device, num_branches)
-        self.cache, self.num_columns, self.width = None, 0, 0
+        self.cache, self.num_columns, self.width, self.num_candidates = None, 0, 0, 1
         self.passes = _PASSES.setdefault(model, CompiledPasses())
         self.decoder = self.passes.function(model.get_decoder(), compile_config)
 
@@ -67,6 +68,12 @@ class CompiledPredictor(CachedPredictor):
         self.num_columns = max(self.num_columns, -(-(row.end + 1) // BUCKET) * BUCKET)
         block_length = row.settings.block_length
         self.width = max(self.width, -(-len(self.computed[row]) // block_length) * block_length)
+        self.num_candidates = row.settings.num_candidates
+
+    @property
+    def num_further(self) -> int:
+        """Columns of drafts, after those of the longest text."""
+        return (self.num_candidates - 1) * self.width
 
     def close(self):
         """Leaves the cache to later calls."""
@@ -75,28 +82,27 @@ class CompiledPredictor(CachedPredictor):
             self.cache = None
 
     def logits(self, rows: list[Row], places: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
-        num_rows, num_layers = len(self.canvas.tokens), self.model.config.num_hidden_layers
+        num_layers, num_columns = self.model.config.num_hidden_layers, self.num_columns + self.num_further
         if self.cache is None:
-            self.cache = self.passes.borrow(self._key(self.num_columns))
+            self.cache = self.passes.borrow(self._key(num_columns))
             self.cache = StaticBlockCache(num_layers, self.num_branches) if self.cache is None else self.cache
-        self.cache.reserve(num_rows, self.num_columns)
+        self.cache.reserve(self.canvas.num_rows, num_columns)
         return super().logits(rows, places, columns)
 
     def _key(self, num_columns: int) -> tuple:
         """What a cache is made for: its shape, and the dtype of keys and values."""
-        return len(self.canvas.tokens), num_columns, self.num_branches, self.dtype, self.device
+        return self.canvas.num_rows, num_columns, self.num_branches, self.dtype, self.device
 
     def _blocks(self, rows: list[Row], places: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
-        part, index = self._lay_out([self.computed[row] for row in rows], places, columns, self.width)
-        row_at = {row.index: row for row in rows}
+        own = without_drafts(rows)
+        row_at = {row.index: row for row in own}
         # A place without a row computes the scratch column, and sees one column.
-        everyone = [row_at.get(i) or replace(rows[0], index=i, length=1) for i in range(len(self.canvas.tokens))]
-        num_visible, where = self.cache.num_columns, torch.tensor([row.index for row in rows])
+        everyone = [row_at.get(i) or replace(own[0], index=i, length=1) for i in range(self.canvas.num_rows)]
+        num_visible = self.cache.num_columns
         computed = torch.full((len(everyone), self.width), num_visible - 1)
-        computed[where] = part
-        self.cache.look_at(everyone, computed, num_visible)
-        attention_mask = texts_only(everyone, num_visible)
-        return self._pass(everyone, computed, attention_mask, (where[places], index), self._call_compiled)
+        computed[list(row_at)] = self._lay_out([self.computed[row] for row in own], self.width)
+        tree = Tree(everyone, rows, computed, num_visible - 1 - self.num_further, self.num_candidates)
+        return self._over_cache(everyone, tree, num_visible, places, columns, self._call_compiled)
 
     def _call_compiled(self, inputs: dict, positions: tuple[torch.LongTensor, torch.LongTensor]) -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()

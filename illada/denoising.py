@@ -7,8 +7,8 @@ from functools import cached_property
 import torch
 from transformers.generation import LogitsProcessorList
 
-from .canvas import ActiveBlocks, Row
-from .commit_rules import CommitRule, Decision, quota_of
+from .canvas import ActiveBlocks
+from .commit_rules import CommitRule, Decision
 from .end_of_thinking import EndOfThinkingBoost
 from .generation_config import MaskedDiffusionGenerationConfig
 from .logits import forbid_mask
@@ -17,17 +17,20 @@ from .step import Prediction, Step
 
 @dataclass
 class DenoisingStep:
-    """What a pass did to one text, as `on_step` receives it; on the host. Columns count the text's own tokens.
+    """What a step did to one text, as `on_step` receives it; on the host. Columns count the text's own tokens.
+
+    Each pass is a step. With `num_drafts` further steps follow from the same pass, where its guesses were right: they
+    have the same `num_forward_passes`.
 
     Attributes:
         row (`int`): index of the text in the batch.
         columns (`torch.LongTensor` of shape `(N,)`): the positions of the active block.
-        tokens (`torch.LongTensor` of shape `(S,)`): the text after the pass, [MASK] where nothing is decided.
-        proposals (`torch.LongTensor` of shape `(N,)`): the block, with this pass's predictions where it was masked.
-        committed (`torch.BoolTensor` of shape `(N,)`): the positions that the pass committed.
+        tokens (`torch.LongTensor` of shape `(S,)`): the text after the step, [MASK] where nothing is decided.
+        proposals (`torch.LongTensor` of shape `(N,)`): the block, with this step's predictions where it was masked.
+        committed (`torch.BoolTensor` of shape `(N,)`): the positions that the step committed.
         confidence (`torch.FloatTensor` of shape `(N,)`): probability of each prediction; NaN where there was none.
         num_forward_passes (`int`): passes in which the text has taken part, this one included.
-        remasked (`torch.BoolTensor` of shape `(N,)`): the positions that the pass masked again.
+        remasked (`torch.BoolTensor` of shape `(N,)`): the positions that the step masked again.
     """
 
     row: int
@@ -87,9 +90,9 @@ class Denoiser:
         """Decides for the rows of `blocks`, each with its request, from the logits of `predicted` (R, W) positions.
 
         Returns:
-            `torch.IntTensor` of shape `(5, R, W)` on the model's device: tokens, the bits of their probabilities in
-            fp32, which to commit, which to mask again, and which of those committed have more entropy than
-            `cache_refresh_entropy`.
+            `torch.IntTensor` of shape `(6, R, W)` on the model's device: tokens, the bits of their probabilities in
+            fp32, which to commit, which to mask again, which of those committed have more entropy than
+            `cache_refresh_entropy`, and with `num_drafts` the places in the order of the ranking.
         """
         counts = predicted.sum(-1).tolist()
         places, columns = predicted.nonzero(as_tuple=True)
@@ -104,13 +107,16 @@ class Denoiser:
             tokens = torch.where(masked[places, columns].to(self.device), tokens, standing)
 
         def noise() -> torch.Tensor:
+            if self.config.num_candidates > 1:
+                drafts = self.config.num_drafts
+                raise ValueError(f"`num_drafts` must be unset with a rule or ranking that draws noise, got {drafts}.")
             device = self.device
             return torch.cat([torch.rand(n, generator=g, device=device) for n, g in zip(counts, generators)])
 
         step = Step(
             Prediction(logits, tokens),
             *(tensor.to(self.device, non_blocking=True) for tensor in (blocks.columns, masked, predicted)),
-            quota=self._quotas(blocks.rows),
+            quota=torch.tensor([row.quota() for row in blocks.rows], device=self.device),
             noise=noise,
             deferred_token_ids=self.eos_token_ids.to(self.device) if self.config.defer_eos else None,
             read_canvas=lambda: blocks.texts.to(self.device),
@@ -126,8 +132,9 @@ class Denoiser:
         uncertain = torch.zeros_like(commit)
         if self.config.cache_refresh_entropy is not None:
             uncertain = commit & (step.spread(step.prediction.entropy, 0.0) > self.config.cache_refresh_entropy)
+        ranks = step.ranks if self.config.num_candidates > 1 else uncertain
         probability = step.probability.float().view(torch.int32)
-        return torch.stack([step.tokens.int(), probability, commit.int(), remask.int(), uncertain.int()])
+        return torch.stack([step.tokens.int(), probability, commit.int(), remask.int(), uncertain.int(), ranks.int()])
 
     def _texts(self, blocks: ActiveBlocks, places: torch.LongTensor) -> torch.LongTensor:
         """(M, S): for each predicted position the text that it stands in."""
@@ -173,11 +180,6 @@ class Denoiser:
         for part, generator in zip(noise.split(counts), generators):
             part.exponential_(generator=generator)
         return (probabilities / noise).argmax(-1)
-
-    def _quotas(self, rows: list[Row]) -> torch.LongTensor:
-        num_steps = self.config.max_denoising_steps or self.config.block_length
-        quotas = [quota_of(len(row.block), num_steps, row.block_passes) for row in rows]
-        return torch.tensor(quotas, device=self.device)
 
 
 def _checked(decision: Decision, rule: CommitRule, step: Step) -> Decision:

@@ -20,9 +20,10 @@ import torch
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.utils import logging
 
-from .canvas import ActiveBlocks, Canvas, Row
+from .canvas import ActiveBlocks, Canvas, Row, without_drafts
 from .commit_rules import CommitRule
 from .denoising import Denoiser, DenoisingStep
+from .drafts import known_draft, propose
 from .frozen_cache import FrozenCache
 from .logits import non_finite_logits
 from .prediction import Predictor, predictor_key
@@ -38,7 +39,8 @@ class RequestResult:
         tokens (`torch.LongTensor` of shape `(S,)`): up to the text's end, its EOS included.
         given (`torch.BoolTensor` of shape `(S,)`): True for the tokens that the caller gave.
         num_forward_passes (`int`): passes in which the text took part; a guided pass counts once.
-        commit_steps (`torch.LongTensor` of shape `(S,)`): the pass that committed each token; 0 for given ones.
+        commit_steps (`torch.LongTensor` of shape `(S,)`): the pass that committed each token; 0 for given ones. With
+            `num_drafts` a pass may commit tokens in several steps.
         commit_confidences (`torch.FloatTensor` of shape `(S,)`): its probability then; NaN for given ones.
     """
 
@@ -61,7 +63,7 @@ class Request:
         stopping_criteria (`StoppingCriteriaList`): asked at the end of each block of the response, with a batch of 1;
             stop strings see the response only.
         streamer (*optional*): receives the prompt, each settled block, and drafts if it has `put_draft`.
-        on_step (`Callable`, *optional*): called with a [`DenoisingStep`] after each pass.
+        on_step (`Callable`, *optional*): called with a [`DenoisingStep`] after each step.
         on_done (`Callable`, *optional*): called with the request once it is finished or has failed. What it raises is
             logged, and changes nothing.
         index (`int`): the request's place among those of a call, for `on_step`.
@@ -95,6 +97,11 @@ class Request:
         """Columns that it may come to occupy."""
         return len(self.prompt) + self.max_new_tokens
 
+    @property
+    def num_candidates(self) -> int:
+        """Texts that it may have in a pass: its own, and drafts."""
+        return self.denoiser.config.num_candidates
+
 
 class Engine:
     """Writes requests in rows that come and go.
@@ -103,7 +110,8 @@ class Engine:
         make_predictor (`Callable`): makes the predictor for settings and a canvas.
         mask_token_id (`int`).
         max_rows (`int`): requests that are written at a time.
-        max_tokens (`int`, *optional*): the most that rows times columns of the longest may be.
+        max_tokens (`int`, *optional*): the most that rows, with `num_drafts` for each, times columns of the longest
+            may be.
 
     Attributes:
         waiting (`deque[Request]`): in order of arrival. What does not fit waits, and nothing overtakes it.
@@ -124,10 +132,11 @@ class Engine:
 
     def check(self, request: Request):
         """Raises a `ValueError` if a request would not fit even by itself."""
-        if self.max_tokens is not None and request.num_columns > self.max_tokens:
+        if self.max_tokens is not None and request.num_candidates * request.num_columns > self.max_tokens:
+            drafts = f", {request.num_candidates} times for `num_drafts`" if request.num_candidates > 1 else ""
             raise ValueError(
                 f"A request must fit into `max_tokens`={self.max_tokens}, got {len(request.prompt)} tokens of prompt "
-                f"and a budget of {request.max_new_tokens}."
+                f"and a budget of {request.max_new_tokens}{drafts}."
             )
 
     def add(self, request: Request):
@@ -148,9 +157,9 @@ class Engine:
         """One pass of all active rows. Returns whether there is more to do.
 
         1. Admit waiting requests into free rows, in order of arrival.
-        2. Predict the masks of every row's active block, and decide which predictions to commit. All of it is on its
-           way to the device before the device is waited for, once.
-        3. Write what was decided, and tell who listens.
+        2. Predict the masks of every row's active block, those of its drafts too, and decide which predictions to
+           commit. All of it is on its way to the device before the device is waited for, once.
+        3. Write what was decided for each row, and for its drafts as far as it becomes one; tell who listens.
         4. Finish the rows in which everything before the first EOS is decided, or that met a stop; open the next block
            of the others whose block is decided: the prompt's blanks first, then the response.
         """
@@ -160,9 +169,9 @@ class Engine:
             with self._failing(rows):
                 decided += self._predict_and_decide(self.predictors[key], rows)
         self.num_passes += bool(decided)  # whoever hears of an answer finds its passes counted
-        self.num_row_passes += sum(len(blocks.rows) for blocks, _ in decided)
+        self.num_row_passes += sum(len(without_drafts(blocks.rows)) for blocks, _ in decided)
         for blocks, outcome in zip([blocks for blocks, _ in decided], _read([outcome for _, outcome in decided])):
-            self._write(blocks, *outcome)
+            self._write(blocks, outcome)
         return bool(self.active or self.waiting)
 
     def run(self):
@@ -188,7 +197,8 @@ class Engine:
         while self.waiting and self.free_indices:
             request = self.waiting[0]
             columns = max([request.num_columns, *(row.end for row in self.active)])
-            if self.max_tokens is not None and (len(self.active) + 1) * columns > self.max_tokens:
+            texts = sum(each.num_candidates for each in [request, *self.active.values()])
+            if self.max_tokens is not None and texts * columns > self.max_tokens:
                 return
             self.waiting.popleft()
             settings = request.denoiser.config
@@ -205,17 +215,21 @@ class Engine:
 
     def _open_next_block(self, row: Row):
         self._stream(row, self.canvas.settled_length(row))
-        row.block, row.block_passes = next(row.blocks, None), 0
+        row.block, row.block_steps, row.drafts = next(row.blocks, None), 0, []
         if row.block is None:
             return self._finish(row, row.length)
         if self.rules[row].has_memory:
             self.rules[row].begin(len(row.block))
-        self.predictors[predictor_key(row.settings)].begin(row)
+        self._predictor(row).begin(row)
+
+    def _predictor(self, row: Row) -> Predictor:
+        return self.predictors[predictor_key(row.settings)]
 
     def _predict_and_decide(self, predictor: Predictor, rows: list[Row]) -> list[tuple[ActiveBlocks, torch.Tensor]]:
-        """For rows that share a predictor: those that share their settings, and what was decided for them."""
+        """For rows that share a predictor: those that share their settings with their drafts, and what was decided."""
+        rows = [*rows, *(draft for row in rows for draft in row.drafts)]
         blocks = ActiveBlocks(self.canvas, rows)
-        predicted = blocks.masked | blocks.exists & torch.tensor([[self.rules[row].may_remask] for row in rows])
+        predicted = blocks.masked | blocks.exists & torch.tensor([[self.rules[row.owner].may_remask] for row in rows])
         places, line = predicted.nonzero(as_tuple=True)
         logits = predictor.logits(rows, places, blocks.columns[places, line])
         decided = []
@@ -228,17 +242,42 @@ class Engine:
                     mine = torch.isin(places, torch.tensor(group)).nonzero().squeeze(-1).to(logits.device)
                     own = ActiveBlocks(self.canvas, together)
                     part = own, predicted[group, : own.columns.shape[1]], logits[mine]
-                requests = [self.active[row] for row in together]
-                decided.append((part[0], requests[0].denoiser(*part, self.rules[together[0]], requests)))
+                requests = [self.active[row.owner] for row in together]
+                decided.append((part[0], requests[0].denoiser(*part, self.rules[together[0].owner], requests)))
         return decided
 
     def _decision_key(self, row: Row) -> tuple:
         """Rows of equal keys are decided together."""
-        denoiser = self.active[row].denoiser
-        return id(denoiser), id(self.rules[row]), row.length if denoiser.reads_texts else None
+        denoiser = self.active[row.owner].denoiser
+        return id(denoiser), id(self.rules[row.owner]), row.length if denoiser.reads_texts else None
 
-    def _write(self, blocks: ActiveBlocks, tokens, bits, commit, remask, uncertain):
-        """Writes what was decided for the rows of `blocks`, all (R, W) on the host; finishes those that are done."""
+    def _write(self, blocks: ActiveBlocks, outcome: torch.Tensor):
+        """Writes what was decided (6, R, W) for the rows of `blocks`.
+
+        It is a step of each row, and further ones for as long as the row becomes one of its drafts. Guesses from the
+        last of them are its next drafts.
+        """
+        place_of = {row: place for place, row in enumerate(blocks.rows)}
+        decided = {row: place_of[row] for row in without_drafts(blocks.rows)}
+        for row in decided:
+            row.num_passes += 1
+        while decided:
+            if len(decided) < len(blocks.rows):
+                blocks = ActiveBlocks(self.canvas, list(decided))
+            self._write_step(blocks, *outcome[:5, list(decided.values()), : blocks.columns.shape[1]])
+            going_on = [row for row in decided if row in self.active and row.block_steps > 0]
+            drafts = {row: self._known_draft(row) for row in going_on}
+            for row in going_on:
+                if drafts[row] is None and row.draft_indices:
+                    tokens, ranks = outcome[[0, 5], decided[row], : len(row.block)].long()
+                    row.drafts = propose(self.canvas, row, tokens, ranks, self._predictor(row).may_be_drafted)
+            decided = {row: place_of[draft] for row, draft in drafts.items() if draft is not None}
+
+    def _known_draft(self, row: Row) -> Row | None:
+        return known_draft(self.canvas, row) if self._predictor(row).may_be_drafted(row) else None
+
+    def _write_step(self, blocks: ActiveBlocks, tokens, bits, commit, remask, uncertain):
+        """Writes a step of the rows of `blocks`, all (R, W) on the host; finishes those that are done."""
         masked, denoiser = blocks.masked, self.active[blocks.rows[0]].denoiser
         confidence = bits.view(torch.float32).masked_fill(~masked, torch.nan)
         is_broken = masked & confidence.isnan()
@@ -274,7 +313,7 @@ class Engine:
     def _finish_or_go_on(self, row: Row, eos: int | None, is_open: bool, changed: torch.LongTensor):
         """Finishes a row at its EOS (a column) or at a stop, or opens its next block if nothing is open.
 
-        A rule that may mask again must have seen all up to the EOS, and have left it as it is: what a pass `changed`
+        A rule that may mask again must have seen all up to the EOS, and have left it as it is: what a step `changed`
         (columns) it has not seen yet.
         """
         if eos is not None and is_open and self.rules[row].may_remask and bool((changed <= eos).any()):
@@ -333,7 +372,8 @@ class Engine:
     def _leave(self, row: Row):
         request = self.active.pop(row)
         self.rules.pop(row)
-        self.predictors[predictor_key(row.settings)].end(row)
+        self._predictor(row).end(row)
+        self.canvas.release(row)
         bisect.insort(self.free_indices, row.index)
         request.is_done = True
 

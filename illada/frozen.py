@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import torch
 
-from .canvas import Row
+from .canvas import Row, without_drafts
 from .frozen_cache import KeptText, KeysAndValues, state_of
 from .prediction import CachedPredictor, groups_of_like_length
 
@@ -50,6 +50,9 @@ class FrozenPredictor(CachedPredictor):
             if (found := row.cache.find(self._state(), tokens, ends)) is not None:
                 self.frozen[row], self.found[row] = found
 
+    def may_be_drafted(self, row: Row) -> bool:
+        return not self._is_opening(row.owner)
+
     def end(self, row: Row):
         length, found = self.frozen.pop(row, 0), self.found.pop(row, None)
         if row.cache is not None and length and found is None:
@@ -60,9 +63,9 @@ class FrozenPredictor(CachedPredictor):
         super().end(row)
 
     def logits(self, rows: list[Row], places: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
-        opening = [row for row in rows if self._is_opening(row)]
+        opening = [row for row in without_drafts(rows) if self._is_opening(row)]
         others = groups_of_like_length(opening, lambda row: len(self._not_frozen(row)))
-        part = [row for row in rows if row not in set(opening)]
+        part = [row for row in without_drafts(rows) if row not in set(opening)]
         logits = self._in_seats(rows, part, others, places, columns, self._open)
         for row in opening:
             self.frozen[row] = self._final_length(row)
@@ -103,7 +106,8 @@ class FrozenPredictor(CachedPredictor):
 
     def _compute(self, rows: list[Row], own: list[torch.LongTensor], places, columns) -> torch.Tensor:
         """A pass over the columns `own` of each row."""
-        computed, index = self._lay_out(own, places, columns)
+        computed = self._lay_out(own)
+        index = (computed[places] < columns.unsqueeze(-1)).sum(-1)
         num_visible = max(int(each[-1]) + 1 for each in own)
         last = torch.stack([each[-1] for each in own]).unsqueeze(-1)
         sees = torch.stack([self._segment_end(row, each) for row, each in zip(rows, computed.minimum(last))])

@@ -62,7 +62,8 @@ class MaskedDiffusionGenerationOutput(ModelOutput):
         tokens_per_forward (`torch.FloatTensor` of shape `(B,)`):
             Tokens that were generated for the row, its EOS included, per forward pass; 0 if it took part in none.
         commit_steps (`torch.LongTensor` of shape `(B, S)`, with `output_trace=True`):
-            The row's forward pass, counted from 1, that committed the position; 0 for given tokens and padding.
+            The row's forward pass, counted from 1, that committed the position; 0 for given tokens and padding. With
+            `num_drafts` a pass may commit in several steps, one after the other.
         commit_confidences (`torch.FloatTensor` of shape `(B, S)`, with `output_trace=True`):
             Probability of the token when it was committed; NaN for given tokens and padding.
         cache ([`FrozenCache`], with `block_cache="frozen"`): what `generate` was given.
@@ -132,7 +133,8 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
                 For one prompt. Receives the prompt, each settled block and, if it has `put_draft`, after each step
                 the block with the current predictions in place of its masks.
             on_step (`Callable`, *optional*):
-                Called with a [`DenoisingStep`] for each row after each of its forward passes.
+                Called with a [`DenoisingStep`] for each row after each of its steps: a forward pass, or with
+                `num_drafts` a guess that was right.
             generator (`torch.Generator`, *optional*):
                 Source of all randomness, on the model's device. It serves one row as it is; of several rows, each has
                 one of its own, whose seed is drawn from it, or from the global one if absent. `seed` sets them
@@ -352,6 +354,11 @@ class MaskedDiffusionGenerationMixin(ContinuousBatchingMixin, RefusesWritingFrom
             raise ValueError(
                 f"`commit_rule`={config.commit_rule!r} must come with 'sdpa' or 'eager' attention, for its shadow "
                 f"columns, got {attention!r}."
+            )
+        if config.block_cache and config.num_candidates > 1 and attention not in ("sdpa", "eager"):
+            raise ValueError(
+                f"`num_drafts`={config.num_drafts} with a `block_cache` must come with 'sdpa' or 'eager' attention, "
+                f"whose masks tell drafts apart, got {attention!r}."
             )
         for name, ids in (
             ("mask_token_id", [config.mask_token_id]),

@@ -34,6 +34,7 @@ PRESETS: dict[str, dict] = {
         "entropy_bound": None,
         "frechet_margin": None,
         "commit_rule": None,
+        "num_drafts": None,
         "block_cache": None,
         "cache_refresh_interval": None,
         "cache_refresh_entropy": None,
@@ -115,6 +116,10 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         defer_eos (`bool`, defaults to `False`):
             Commit a proposed EOS only when nothing else of the block is left to commit (LLaDA's
             `confidence_eos_eot_inf`, for models whose training padded answers with EOS).
+        num_drafts (`int`, *optional*):
+            At least 1, which is the same as absent. Texts of a row that a pass predicts: the row's own, and
+            `num_drafts - 1` guesses of what the next steps make of it. Steps that were guessed need no pass of their
+            own; the tokens are the same (`drafts.py`). For greedy decoding by rules without a memory.
         block_cache (`str`, *optional*):
             Compute the whole canvas at the first step of a block; at its other steps reuse those keys and values, and
             recompute only the block (`"dual"`), or the block and what follows it (`"prefix"`; on a growing canvas
@@ -140,7 +145,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             The boost is `end_think_boost * progress ** end_think_power` logits, where progress is the share of
             `max_new_tokens` up to the position.
         output_trace (`bool`, defaults to `False`):
-            Also return the step and the confidence at which each position was committed.
+            Also return the forward pass and the confidence at which each position was committed.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -158,6 +163,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         self.commit_rule: str | CommitRule | None = kwargs.pop("commit_rule", None)
         self.seed: int | None = kwargs.pop("seed", None)
         self.defer_eos: bool | None = kwargs.pop("defer_eos", None)
+        self.num_drafts: int | None = kwargs.pop("num_drafts", None)
         self.block_cache: str | None = kwargs.pop("block_cache", None)
         self.cache_refresh_interval: int | None = kwargs.pop("cache_refresh_interval", None)
         self.cache_refresh_entropy: float | None = kwargs.pop("cache_refresh_entropy", None)
@@ -271,6 +277,11 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         return [self.eos_token_id] if isinstance(self.eos_token_id, int) else list(self.eos_token_id)
 
     @property
+    def num_candidates(self) -> int:
+        """Texts of a row that a pass may predict. No more of them differ than a block has positions."""
+        return min(self.num_drafts or 1, self.block_length)
+
+    @property
     def token_biases(self) -> list[tuple[int, float]]:
         """`sequence_bias` as pairs of a token id and its bias."""
         biases = self.sequence_bias or []
@@ -295,7 +306,8 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         """Checks each field by itself."""
         for name in ("max_length", "block_length", "max_denoising_steps", "num_return_sequences"):
             check_integer(name, getattr(self, name), minimum=1)
-        check_integer("cache_refresh_interval", self.cache_refresh_interval, minimum=1)
+        for name in ("num_drafts", "cache_refresh_interval"):
+            check_integer(name, getattr(self, name), minimum=1)
         check_integer("seed", self.seed, minimum=0)
         for name in ("max_new_tokens", "min_length", "min_new_tokens", "top_k", "mask_token_id", "pad_token_id"):
             check_integer(name, getattr(self, name), minimum=0)
@@ -346,6 +358,8 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         if len(values) > 1:
             names = ", ".join(f"`{name}`" for name in rules)
             raise ValueError(f"At most one of {names} may be set, got {values}.")
+        if (self.num_drafts or 1) > 1:
+            self._check_drafts()
         if self.compile and rule_of(self).has_shadows:
             raise ValueError(
                 f"`compile` must be unset with `commit_rule`={self.commit_rule!r}, whose shadow columns have no fixed "
@@ -375,6 +389,20 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         if self.compile and self.disable_compile:
             raise ValueError("`disable_compile` must be unset with `compile=True`, got True.")
         self._check_mask_id()
+
+    def _check_drafts(self):
+        """Refuses what a guess cannot stand in for: decisions that depend on more than the text and the step."""
+        rule = rule_of(self)
+        for name, value, is_refused, reason in (
+            ("do_sample", True, self.do_sample, "each step draws new noise"),
+            ("remasking", self.remasking, self.remasking == "random", "each step draws new noise"),
+            ("commit_rule", self.commit_rule, rule.has_memory, "it decides by the steps before"),
+            ("commit_rule", self.commit_rule, rule.may_remask, "it may mask again what was committed"),
+        ):
+            if is_refused:
+                raise ValueError(
+                    f"`num_drafts` must be unset with `{name}`={value!r}, since {reason}, got {self.num_drafts}."
+                )
 
     def _check_for_saving(self):
         """Refuses what a file cannot give back."""

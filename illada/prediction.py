@@ -4,11 +4,13 @@ A predictor serves the rows of one engine that were admitted with the same kind 
 
     begin(row)                      a block of the row opens
     logits(rows, places, columns)   (M, V): of M positions, at `columns` of the rows at `places` in `rows`
+    may_be_drafted(row)             whether the row's next step may be decided in the pass of an earlier text, of which
+                                    it was a draft; if not, that pass is of another kind
     end(row)                        the row leaves
     close()                         nothing more will be asked
 
-Rows come and go between passes, and what a row gets does not depend on the rows beside it. Positions arrive on the
-host, so that nothing has to be read from the device.
+Rows come and go between passes, and what a row gets does not depend on the rows beside it. Its drafts are among them.
+Positions arrive on the host, so that nothing has to be read from the device.
 """
 
 from collections.abc import Callable
@@ -18,10 +20,11 @@ import torch
 import torch.nn.functional as F
 
 from .block_cache import BlockCache
-from .canvas import Canvas, Row
+from .canvas import Canvas, Row, without_drafts
 from .commit_rules import rule_of
 from .generation_config import MaskedDiffusionGenerationConfig
 from .logits import guide, promote
+from .tree import Tree
 
 BUCKET = 128
 """In columns. Rows whose texts differ by less share a full pass; the cache of compiled passes grows in such steps."""
@@ -34,6 +37,8 @@ class Predictor(Protocol):
 
     def logits(self, rows: list[Row], places: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor: ...
 
+    def may_be_drafted(self, row: Row) -> bool: ...
+
     def end(self, row: Row): ...
 
     def close(self): ...
@@ -42,7 +47,8 @@ class Predictor(Protocol):
 def predictor_key(config: MaskedDiffusionGenerationConfig) -> tuple:
     """Rows of equal keys share a predictor."""
     compiled = str(config.compile_config) if config.compile else None
-    return config.block_cache, is_guided(config), compiled, rule_of(config).has_shadows
+    num_candidates = config.num_candidates if config.block_cache else None
+    return config.block_cache, is_guided(config), compiled, rule_of(config).has_shadows, num_candidates
 
 
 def is_guided(config: MaskedDiffusionGenerationConfig) -> bool:
@@ -88,6 +94,9 @@ class FullPredictor:
     def begin(self, row: Row):
         pass
 
+    def may_be_drafted(self, row: Row) -> bool:
+        return True
+
     def end(self, row: Row):
         pass
 
@@ -126,16 +135,18 @@ class FullPredictor:
         attention_mask: torch.BoolTensor | None,
         positions: tuple[torch.LongTensor, torch.LongTensor],
         call: Callable,
+        texts: torch.LongTensor | None = None,
         shadows: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """Logits (M, V) of a pass that computes these columns (R, W), and sees what `attention_mask` lets it see.
 
-        `positions` are rows and columns (M,) of the pass. `shadows` (R, W') are further columns, each with a [MASK] in
-        the place of one of the text.
+        `positions` are rows and columns (M,) of the pass. `texts` (R, W) says in which row of the canvas each column
+        is, if not in its own. `shadows` (R, W') are further columns, each with a [MASK] in the place of one of the
+        text.
         """
         canvas, num_columns = self.canvas, self.canvas.tokens.shape[1]
-        index = torch.tensor([[row.index] for row in rows])
-        read = index, computed.clamp(max=num_columns - 1)  # the scratch column may contain any token
+        texts = torch.tensor([[row.index] for row in rows]) if texts is None else texts
+        read = texts, computed.clamp(max=num_columns - 1)  # the scratch column may contain any token
         tokens, given, position_ids = canvas.tokens[read], canvas.given[read], read[1]
         if shadows is not None:
             tokens = F.pad(tokens, (0, shadows.shape[1]), value=canvas.mask_token_id)
@@ -178,6 +189,9 @@ class CachedPredictor(FullPredictor):
         self.computed[row] = self._columns_of(row)
         self._reserve(row)
 
+    def may_be_drafted(self, row: Row) -> bool:
+        return not _is_refreshed(row)
+
     def end(self, row: Row):
         self.computed.pop(row, None)
         if self.cache is not None:
@@ -190,25 +204,27 @@ class CachedPredictor(FullPredictor):
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
 
     def _reserve(self, row: Row):
-        self.cache.reserve(len(self.computed), row.end + 1)
+        width = (row.settings.num_candidates - 1) * max(map(len, self.computed.values()))
+        self.cache.reserve(len(self.computed), max(each.end for each in self.computed) + width + 1)
 
     @staticmethod
     def _columns_of(row: Row) -> torch.LongTensor:
         return row.block if row.settings.block_cache == "dual" else torch.arange(int(row.block[0]), row.length)
 
     def logits(self, rows: list[Row], places: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
-        is_full = [_is_refreshed(row) for row in rows]
-        full = [row for row, full in zip(rows, is_full) if full]
+        full = [row for row in without_drafts(rows) if _is_refreshed(row)]
         for row in full:
             self.cache.release(row)  # all of it is computed again
-        part = [row for row, full in zip(rows, is_full) if not full]
+        part = [row for row in without_drafts(rows) if row not in set(full)]
         return self._in_seats(rows, part, groups_of_like_length(full), places, columns, self._whole_texts)
 
     def _in_seats(
         self, rows: list[Row], part: list[Row], others: list[list[Row]], places, columns, run: Callable
     ) -> torch.Tensor:
-        """Logits (M, V) of a block pass for the rows of `part`, and of `run` for each group of the others."""
+        """Logits (M, V) of a block pass for the rows of `part` and their drafts, and of `run` for each group of the
+        others."""
         part, *others = self.cache.seat([part, *others])
+        part = [*part, *(draft for row in part for draft in row.drafts)]
         place_of = {row: place for place, row in enumerate(rows)}
         runs = [(run, group) for group in others] + ([(self._blocks, part)] if part else [])
         groups = [[place_of[row] for row in group] for _, group in runs]
@@ -216,22 +232,28 @@ class CachedPredictor(FullPredictor):
         return self._in_groups(rows, groups, places, columns, lambda *arguments: next(run)(*arguments))
 
     def _blocks(self, rows: list[Row], places: torch.LongTensor, columns: torch.LongTensor) -> torch.Tensor:
-        """A pass over the blocks of rows that are in the first places of the cache, in that order."""
-        computed, index = self._lay_out([self.computed[row] for row in rows], places, columns)
-        num_visible = max(row.length for row in rows)
-        self.cache.look_at(rows, computed, num_visible)
-        return self._pass(rows, computed, texts_only(rows, num_visible), (places, index), self._call_model)
+        """A pass over the blocks of rows in the first places of the cache, in that order, and of their drafts."""
+        own = without_drafts(rows)
+        computed, num_text = self._lay_out([self.computed[row] for row in own]), max(row.length for row in own)
+        tree = Tree(own, rows, computed, num_text, 1 + max(len(row.drafts) for row in own))
+        num_visible = num_text + tree.num_further
+        return self._over_cache(own, tree, num_visible, places, columns, self._call_model)
 
-    def _lay_out(
-        self, computed: list[torch.LongTensor], places, columns, width: int = 0
-    ) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """The columns (R, W) to compute, filled up with the scratch column, and the places of `columns` (M,) there."""
+    def _over_cache(self, rows, tree: Tree, num_visible: int, places, columns, call: Callable) -> torch.Tensor:
+        """A pass over the columns of a tree."""
+        self.cache.look_at(rows, tree.written, num_visible)
+        mask = texts_only(rows, num_visible)
+        if tree.num_candidates > 1:
+            mask = tree.mask(num_visible, self.device)
+        return self._pass(rows, tree.columns, mask, tree.index(places, columns), call, tree.texts)
+
+    def _lay_out(self, computed: list[torch.LongTensor], width: int = 0) -> torch.LongTensor:
+        """The columns (R, W) to compute, filled up with the scratch column."""
         width, scratch = max(width, *(len(each) for each in computed)), self.cache.num_columns - 1
-        computed = torch.stack([F.pad(each, (0, width - len(each)), value=scratch) for each in computed])
-        return computed, (computed[places] < columns.unsqueeze(-1)).sum(-1)
+        return torch.stack([F.pad(each, (0, width - len(each)), value=scratch) for each in computed])
 
 
 def _is_refreshed(row: Row) -> bool:
     interval = row.settings.cache_refresh_interval
-    is_due = row.block_passes == 0 if interval is None else row.block_passes % interval == 0
+    is_due = row.block_steps == 0 if interval is None else row.block_steps % interval == 0
     return is_due or row.is_stale

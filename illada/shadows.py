@@ -23,7 +23,7 @@ from .prediction import CachedPredictor, FullPredictor
 class FullPredictorWithShadows(FullPredictor):
     """A [`FullPredictor`] that may be asked for committed positions, too."""
 
-    def _pass(self, rows, computed, attention_mask, positions, call) -> torch.Tensor:
+    def _pass(self, rows, computed, attention_mask, positions, call, texts=None) -> torch.Tensor:
         """As in the base class. Where a position is committed, the logits are those of a shadow."""
         places, index = positions
         columns = computed[positions]
@@ -32,14 +32,14 @@ class FullPredictorWithShadows(FullPredictor):
         asked &= self.canvas.tokens[where] != self.canvas.mask_token_id
         is_shadow, num_shadows = asked.any(0), int(asked.sum(-1).max())
         if num_shadows == 0:
-            return super()._pass(rows, computed, attention_mask, positions, call)
+            return super()._pass(rows, computed, attention_mask, positions, call, texts)
         rank = (asked.cumsum(-1) - 1)[places, torch.arange(len(places))]
         shadows = torch.full((len(rows), num_shadows), -1)
         shadows[places[is_shadow], rank[is_shadow]] = columns[is_shadow]
         index = torch.where(is_shadow, computed.shape[1] + rank, index)
         mask = self._mask(attention_mask, computed, shadows)
         self._make_room(rows, computed, num_shadows)
-        return super()._pass(rows, computed, mask, (places, index), call, shadows.clamp(min=0))
+        return super()._pass(rows, computed, mask, (places, index), call, texts, shadows.clamp(min=0))
 
     def _num_visible(self, computed: torch.LongTensor) -> int:
         """Columns of text that the pass sees."""

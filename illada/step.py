@@ -128,6 +128,11 @@ class Step:
         return take_first(self._order, counts) & self.masked
 
     @cached_property
+    def ranks(self) -> torch.LongTensor:
+        """The place of each position in the order of the scores, 0 for the highest."""
+        return self._order.argsort(-1)
+
+    @cached_property
     def _order(self) -> torch.LongTensor:
         return self.scores.argsort(dim=-1, descending=True, stable=True)
 

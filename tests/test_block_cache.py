@@ -124,9 +124,9 @@ def test_right_after_a_full_pass_a_block_pass_changes_nothing(block_cache, where
     places, line = blocks.masked.nonzero(as_tuple=True)
     logits = []
     with torch.no_grad():
-        for block_passes in range(2):
+        for block_steps in range(2):
             for row in rows:
-                row.block_passes = block_passes
+                row.block_steps = block_steps
             logits.append(predictor.logits(rows, places, blocks.columns[places, line]))
     hook.remove()
 
@@ -326,6 +326,19 @@ def test_logits_are_made_for_masked_positions_alone(mode, canvas, rule):
         if not rule.get("entropy_bound"):
             assert largest == 2 * num_masks * num_branches * vocab_size
         assert largest <= 2 * block_length * num_branches * vocab_size
+
+
+@pytest.mark.parametrize("mode", [{}, {"block_cache": "prefix"}, {"block_cache": "dual", "guidance_scale": 2.0}])
+@pytest.mark.parametrize("canvas", ["growing", "fixed"])
+def test_logits_of_drafts_are_made_for_masked_positions_alone(mode, canvas):
+    vocab_size, block_length, num_drafts = 12000, 4, 3
+    model = random_model(0, vocab_size=vocab_size, num_layers=2, max_position_embeddings=128)
+    inputs = pad_left([[7] * 60, [8] * 50])
+    settings = {"max_new_tokens": 8, "block_length": block_length, "canvas": canvas, "num_drafts": num_drafts}
+    passes = Passes(model, **inputs, **settings, **mode)
+    num_branches = 2 if "guidance_scale" in mode else 1
+    most = 2 * (3 + 2 + 1) * num_branches * vocab_size  # two rows with 3 masks, and drafts of them with 2 and 1
+    assert max(passes.largest) <= most < 60 * vocab_size
 
 
 # Arguments

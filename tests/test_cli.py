@@ -193,6 +193,7 @@ BAD_VALUES = {
     "--entropy-bound": ["-1"],
     "--commit-rule": ["nobody", ""],
     "--frechet-margin": ["-0.1", "1"],
+    "--num-drafts": ["0", "-1", "1.5"],
     "--block-cache": ["both"],
     "--cache-refresh-entropy": ["0", "-1", "nan", "0.5"],  # the last without a cache
     "--temperature": ["-1", "nan", "inf", "hot"],

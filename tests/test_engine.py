@@ -53,6 +53,7 @@ requests = st.fixed_dictionaries(
         ),
         "rule": parallel_rules,
         "noise": noise,
+        "num_drafts": st.sampled_from([None, None, 2, 5]),
         "arrival": st.integers(0, 12),
         "cancelled": st.sampled_from([None, None, None, 0, 1, 3]),
     }
@@ -70,6 +71,8 @@ def test_time_does_not_matter(model, asked, rows):
         cancelled = settings.pop("cancelled")
         prompt = settings.pop("input_ids")
         settings |= {**request["rule"], **request["noise"], "pad_token_id": PAD}
+        if request["noise"]:
+            settings["num_drafts"] = None  # which is refused
         arrivals.setdefault(request["arrival"], []).append({"input_ids": prompt, "request_id": str(index), **settings})
         if cancelled is not None:
             cancellations.setdefault(request["arrival"] + cancelled, []).append(str(index))

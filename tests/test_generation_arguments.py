@@ -29,6 +29,7 @@ BAD_FIELDS = {
     "min_new_tokens": (*NOT_COUNTS, 5),  # above `max_new_tokens`, 4
     "block_length": NOT_LENGTHS,
     "max_denoising_steps": NOT_LENGTHS,
+    "num_drafts": NOT_LENGTHS,
     "max_time": ("1", 0, -1, INF, True),
     # choices
     "canvas": ("grow", 3, ["growing"], ""),

@@ -38,6 +38,8 @@ class MaskAgain(CommitRule):
         {"guidance_scale": 1.5, "cache_refresh_interval": 2},
         {"cache_refresh_entropy": 1.0},
         {"end_think_token_ids": [20, 21], "end_think_boost": 20.0},
+        {"num_drafts": 4},
+        {"num_drafts": 4, "confidence_threshold": 0.3, "guidance_scale": 1.5, "defer_eos": True},
         {"min_new_tokens": 5, "suppress_tokens": [22], "repetition_penalty": 1.2},
         {"on_step": lambda step: step.tokens.tolist()},
     ],

@@ -141,6 +141,10 @@ class DecodingOptions:
     commit_rule: Annotated[
         str | None, Option(help="Rule: klass, local_leap, credit_decoding, t2m or wino.", show_default="off")
     ] = None
+    num_drafts: Annotated[
+        int | None,
+        Option(help="Also predict this many guesses less one: the same text in fewer passes.", show_default="off"),
+    ] = None
     block_cache: Annotated[
         str | None,
         Option(help="Keep keys and values: prefix, dual or frozen; approximate.", show_default="off"),
