@@ -82,6 +82,15 @@ def test_revise_reports_changes(capsys, monkeypatch):
     assert code == 0 and (result["text"] != text) == bool(result["changes"])
 
 
+def test_revise_does_not_ask_the_checkpoint_about_a_response(capsys, monkeypatch, tmp_path):
+    folder = shutil.copytree(EMBEDDED_MODEL, tmp_path / "model")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    settings |= {"num_return_sequences": 2, "do_sample": True, "min_new_tokens": 4}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    text = "Today Tom has 3 pears and 4 cups."
+    assert run(capsys, monkeypatch, "revise", text, "--fraction", "0.2", "--model", str(folder))[0] == 0
+
+
 @pytest.mark.parametrize("suffix, start", [(".html", b"<!doctype html>"), (".png", b"\x89PNG")])
 def test_trace_is_written(capsys, monkeypatch, tmp_path, suffix, start):
     path = tmp_path / f"trace{suffix}"

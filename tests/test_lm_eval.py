@@ -469,7 +469,7 @@ def test_requests_that_cannot_be_scored_are_refused(harness_model):
         ({"max_gen_toks": -1}, "`max_gen_toks` must be .*not negative, got -1"),
         ({"num_steps": 3}, r"`num_steps` is an unknown argument.*\(Given in `gen_kwargs` of task 'a_task'.\)"),
         ({"block_length": 0}, "`block_length` must be .*got 0.*of task 'a_task'"),
-        ({"do_sample": True, "temperature": 0.0}, "`temperature` must be positive.*0.0.*of task 'a_task'"),
+        ({"do_sample": True, "temperature": 0.0}, "`temperature` must be above 0.*0.0.*of task 'a_task'"),
         ({"until": ["x", ""]}, r"`until` must be texts that are not empty, got \['x', ''\] in `gen_kwargs` of task"),
         ({"until": None}, "`until` must be texts"),
         ({"until": ["."], "infill": True}, r"`until` must be empty with `infill`, got \['.'\]"),

@@ -6,7 +6,7 @@ from typing import Annotated
 import torch
 import typer
 
-from ..revision import check_revision
+from ..revision import FILLING, check_revision
 from .errors import WrongUsage
 from .options import JsonFlag, ModelOptions, SamplingOptions, check_settings, expand_options, read_text
 
@@ -43,7 +43,7 @@ def revise(
     input_ids = tokenizer(text)["input_ids"]
     if checkpoint.generation_config.mask_token_id in input_ids:
         raise WrongUsage(f"`text` must be finished, got {text!r}: `illada infill` fills blanks.")
-    check_settings(settings | {"max_new_tokens": 0}, checkpoint, len(input_ids))
+    check_settings(settings | FILLING, checkpoint, len(input_ids))
 
     model = source.load(checkpoint)
     output = model.revise(

@@ -166,8 +166,6 @@ def check_generation_arguments(own: GenerationConfig, task: str, gen_kwargs: dic
             f"`until` must be empty with `infill`, got {until!r} {where}: the harness would cut the context, which is "
             "part of the result, at them."
         )
-    if settings.get("do_sample") and settings.get("temperature") == 0:
-        raise ValueError(f"`temperature` must be positive with `do_sample`, got 0.0 {where}.")
     try:
         MaskedDiffusionGenerationConfig.merged(own, None, **settings).validate()
     except ValueError as error:
