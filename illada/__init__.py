@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from .configuration_illada import ILLaDAConfig
 from .configuration_llada import LLaDAConfig
 from .denoising import DenoisingStep
+from .evaluation import decide
 from .frozen_cache import FrozenCache
 from .generation import MaskedDiffusionGenerationMixin, MaskedDiffusionGenerationOutput
 from .generation_config import MaskedDiffusionGenerationConfig
@@ -39,5 +40,6 @@ __all__ = [
     "MaskedDiffusionGenerationMixin",
     "MaskedDiffusionGenerationOutput",
     "RevisionOutput",
+    "decide",
     "masked_diffusion_loss",
 ]

@@ -27,15 +27,15 @@ def log_probability(logits: torch.Tensor, tokens: torch.LongTensor) -> torch.Ten
 
     Args:
         logits (`torch.FloatTensor` of shape `(M, V)`): at least fp32; -inf is a probability of 0.
-        tokens (`torch.LongTensor` of shape `(M,)`).
+        tokens (`torch.LongTensor` of shape `(M,)` or `(M, K)`): one token of each row, or K of them.
 
     Returns:
-        `torch.FloatTensor` of shape `(M,)`: NaN where the logits give no distribution, since one is NaN or +inf, or
-        all are -inf. Nothing else gives NaN, so that callers can look for it when they read the result.
+        `torch.FloatTensor` of the tokens' shape: NaN where the logits give no distribution, since one is NaN or +inf,
+        or all are -inf. Nothing else gives NaN, so that callers can look for it when they read the result.
     """
-    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    normalizer = logits.logsumexp(-1)
-    return (chosen - normalizer).masked_fill(~normalizer.isfinite(), torch.nan)
+    chosen = logits.gather(-1, tokens.unsqueeze(-1) if tokens.ndim == 1 else tokens)
+    normalizer = logits.logsumexp(-1, keepdim=True)
+    return (chosen - normalizer).masked_fill(~normalizer.isfinite(), torch.nan).view_as(tokens)
 
 
 def non_finite_logits(place: str, dtype: torch.dtype) -> ValueError:

@@ -51,6 +51,13 @@ def blank_lengths(text: str) -> list[int]:
     return [_length(blank[1], text) for blank in _BLANK.finditer(text)]
 
 
+def cut_at_blanks(text: str) -> list[str]:
+    """The pieces of `text` around its blanks, each with the space that is before a blank."""
+    ends = [blank.end() for blank in _BLANK.finditer(text)]
+    starts = [text.index("<", blank.start()) for blank in _BLANK.finditer(text)]
+    return [text[begin:end] for begin, end in zip([0, *ends], [*starts, len(text)], strict=True)]
+
+
 def fill_blanks(
     tokenizer: PreTrainedTokenizerBase, text: str, input_ids: list[int], filled_ids: list[int], mask_token_id: int
 ) -> str:
