@@ -323,7 +323,8 @@ def test_questions_that_make_no_sense_are_refused(make, reason):
         (TEXT, [Blank([" 3", " 4 cups"])], "has a blank of 1 tokens, and ' 4 cups' has 2"),
         (TEXT.replace(">", "*2>", 1), [Blank([" 3 cups", " 4"])], "2 tokens each, since text follows, got 1 in ' 4'"),
         (TEXT, [Predicate("q")], "must not have a blank"),
-        ("word " * 600, [Predicate("q")], "more than the model's"),
+        ("word " * 600, [Predicate("q")], "tokens, and there is room for 512"),
+        ("word " * 600 + "<[MASK]>", [Blank(["a", "b"])], "tokens, and there is room for 512"),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -155,14 +155,17 @@ class QuestionEncoder:
     Args:
         tokenizer: of the model.
         mask_token_id (`int`): id of [MASK].
+        max_length (`int`): tokens that a text may have.
         chat (`bool`, *optional*): whether to use the chat template; if absent, whether the tokenizer has one.
 
     Raises:
         ValueError: if `chat` is true and there is no chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, mask_token_id: int, chat: bool | None = None):
-        self.tokenizer, self.mask_token_id = tokenizer, mask_token_id
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, mask_token_id: int, max_length: int, chat: bool | None = None
+    ):
+        self.tokenizer, self.mask_token_id, self.max_length = tokenizer, mask_token_id, max_length
         self.chat = tokenizer.chat_template is not None if chat is None else chat
         if self.chat and tokenizer.chat_template is None:
             raise ValueError("`chat` needs a checkpoint with a chat template, and this one has none.")
@@ -171,8 +174,8 @@ class QuestionEncoder:
         """The place of the answer to a question about `text`.
 
         Raises:
-            ValueError: names the question, if its choices cannot be told apart from the text before them, or the
-                chat template refuses the message.
+            ValueError: names the question, if the text is too long, the choices cannot be told apart from the text
+                before them, or the chat template refuses the message.
         """
         return self._blank(text, question, name) if isinstance(question, Blank) else self._asked(text, question, name)
 
@@ -189,6 +192,7 @@ class QuestionEncoder:
         else:
             prompt, labels = f"{message}\nAnswer:", [f" {label}" for label in labels]
             before = self.tokenizer(prompt)["input_ids"]
+        self._check_length(before, name)
         if self.mask_token_id in before:
             raise ValueError(f"{name} must not have a blank, [MASK], in its text: a `Blank` asks about blanks.")
         # Only the last line matters to the tokens of a label, and a text may be long.
@@ -203,6 +207,7 @@ class QuestionEncoder:
         if not 0 <= question.index < len(lengths):
             raise ValueError(f"{name} asks about blank {question.index} of a text that has {len(lengths)}.")
         ids = encode_with_blanks(self.tokenizer, text, self.mask_token_id)
+        self._check_length(ids, name)
         length, masks = lengths[question.index], [place for place, id in enumerate(ids) if id == self.mask_token_id]
         first = masks[list(accumulate([0, *lengths]))[question.index]]
         piece = cut_at_blanks(text)[question.index]
@@ -224,6 +229,10 @@ class QuestionEncoder:
                 )
             added.append(ids[len(start_ids) :])
         return added
+
+    def _check_length(self, ids: list[int], name: str):
+        if len(ids) > self.max_length:
+            raise ValueError(f"{name} takes {len(ids)} tokens, and there is room for {self.max_length}.")
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -272,7 +281,7 @@ def decide(
     texts = [text] if isinstance(text, str) else list(text)
     if not questions:
         raise ValueError("`questions` must be at least one, got none.")
-    encoder = QuestionEncoder(tokenizer, model.config.mask_token_id, chat)
+    encoder = QuestionEncoder(tokenizer, model.config.mask_token_id, model.config.max_position_embeddings, chat)
     places = [
         encoder.encode(each, question, f"`questions[{index}]`")
         for each in texts
