@@ -276,7 +276,8 @@ class ILLaDAForCausalLM(ILLaDAPreTrainedModel, MaskedDiffusionGenerationMixin):
 
     def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs):
         """Also writes the code, which `trust_remote_code=True` loads where this package is not installed."""
-        auto_classes = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
+        # The last is what `transformers serve` tries first, from Transformers 5.24 on.
+        auto_classes = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForDecision")
         self.config.auto_map = {
             "AutoConfig": _file_and_name(type(self.config)),
             **dict.fromkeys(auto_classes, _file_and_name(type(self))),

@@ -24,12 +24,14 @@ from .writing import atomic_folder, refuse_overlap, write_json
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# As the release has it: both model entries name the class with the LM head.
+# As the release has it: both model entries name the class with the LM head. `AutoModelForDecision` is what
+# `transformers serve` tries first, from Transformers 5.24 on.
 AUTO_MAP = {
     "AutoConfig": "configuration_illada.ILLaDAConfig",
     "AutoModel": "modeling_illada.ILLaDAForCausalLM",
     "AutoModelForCausalLM": "modeling_illada.ILLaDAForCausalLM",
     "AutoModelForMaskedLM": "modeling_illada.ILLaDAForCausalLM",
+    "AutoModelForDecision": "modeling_illada.ILLaDAForCausalLM",
 }
 
 
