@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from .choices import Piece, TokenText
 from .prompts import Prompt
-from .requests import ChatBody, TextBody
 
 
 @dataclass
@@ -30,15 +29,15 @@ class CompletionForm:
     """The answer of `/v1/completions`, whole or in chunks.
 
     Args:
-        answer_id (`str`): of the answer.
+        request_id (`str`): of the request.
         model (`str`): the model's name.
         has_logprobs (`bool`): whether tokens are shown.
     """
 
-    kind, chunk_kind = "text_completion", "text_completion"
+    kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
-    def __init__(self, answer_id: str, model: str, has_logprobs: bool):
-        self.head = {"id": answer_id, "created": int(time.time()), "model": model}
+    def __init__(self, request_id: str, model: str, has_logprobs: bool):
+        self.head = {"id": f"{self.prefix}-{request_id}", "created": int(time.time()), "model": model}
         self.has_logprobs = has_logprobs
 
     def whole(self, pieces: list[Piece], usage: Usage) -> dict:
@@ -50,11 +49,14 @@ class CompletionForm:
         """The chunks before the first text."""
         return []
 
-    def chunk(self, piece: Piece) -> dict:
-        return self._chunk(piece, self._delta(piece))
+    def chunks(self, piece: Piece) -> list[dict]:
+        """What a piece of text adds to the stream."""
+        return [self._chunk(piece, self._delta(piece))]
 
-    def usage_chunk(self, usage: Usage) -> dict:
-        return {**self.head, "object": self.chunk_kind, "choices": [], "usage": usage.as_json()}
+    def closing(self, usage: Usage, has_usage: bool) -> list[dict]:
+        """The chunks after the last text."""
+        chunk = {**self.head, "object": self.chunk_kind, "choices": [], "usage": usage.as_json()}
+        return [chunk] if has_usage else []
 
     def _chunk(self, piece: Piece, delta: dict) -> dict:
         return {**self.head, "object": self.chunk_kind, "choices": [self._choice(piece, delta)]}
@@ -81,7 +83,7 @@ class CompletionForm:
 class ChatForm(CompletionForm):
     """The answer of `/v1/chat/completions`, whole or in chunks."""
 
-    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
     def opening(self, num_choices: int) -> list[dict]:
         role = {"delta": {"role": "assistant", "content": ""}}
@@ -106,13 +108,6 @@ class ChatForm(CompletionForm):
     def _delta(self, piece: Piece) -> dict:
         thought = {"reasoning_content": piece.thought} if piece.thought else {}
         return {"delta": {**thought, **({"content": piece.text} if piece.text else {})}}
-
-
-def form_of(body: TextBody, request_id: str, model: str) -> CompletionForm:
-    """The form in which a request is answered."""
-    if isinstance(body, ChatBody):
-        return ChatForm(f"chatcmpl-{request_id}", model, body.has_logprobs)
-    return CompletionForm(f"cmpl-{request_id}", model, body.has_logprobs)
 
 
 class Answer:

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from transformers import PreTrainedTokenizerBase
 
-from . import deciding, infilling, revising, writing
+from . import deciding, infilling, responding, revising, writing
 from .edge import BodyLimit, RequestLog
 from .errors import install_handlers
 from .service import ServerOptions, Service
@@ -31,8 +31,9 @@ def build_app(
     app = FastAPI(title="illada", lifespan=lifespan, docs_url=None, redoc_url=None)
     install_handlers(app)
     app.include_router(_state_routes(service))
-    for routes in (_model_routes, writing.routes, infilling.routes, revising.routes, deciding.routes):
-        app.include_router(routes(service), dependencies=[Depends(service.check_key)])
+    app.include_router(_model_routes(service), dependencies=[Depends(service.check_key)])
+    for endpoints in (writing, responding, infilling, revising, deciding):
+        app.include_router(endpoints.routes(service), dependencies=[Depends(service.check_key)])
     app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes, timeout=options.timeout)
     if options.allowed_origins:
         app.add_middleware(

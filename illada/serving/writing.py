@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from .answers import Answer, form_of
+from .answers import Answer, ChatForm, CompletionForm
 from .choices import Piece
 from .errors import ApiError
 from .requests import ChatBody, CompletionBody, TextBody
@@ -23,11 +23,11 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def chat(body: ChatBody, http: Request) -> Response:
-        return await _answer(service, body, http)
+        return await answer(service, body, http, ChatForm)
 
     @router.post("/v1/completions")
     async def complete(body: CompletionBody, http: Request) -> Response:
-        return await _answer(service, body, http)
+        return await answer(service, body, http, CompletionForm)
 
     return router
 
@@ -87,9 +87,10 @@ class Exchange:
             for chunk in form.opening(len(self.requests)):
                 yield _event(chunk)
             async for piece in self.arriving():
-                yield _event(form.chunk(piece))
-            if options is not None and options.include_usage:
-                yield _event(form.usage_chunk(self.answer.usage))
+                for chunk in form.chunks(piece):
+                    yield _event(chunk)
+            for chunk in form.closing(self.answer.usage, bool(options and options.include_usage)):
+                yield _event(chunk)
             yield "data: [DONE]\n\n"
         except ApiError as error:
             yield _event(error.body())
@@ -98,7 +99,8 @@ class Exchange:
             self.cancel()
 
 
-async def _answer(service: Service, body: TextBody, http: Request) -> Response:
+async def answer(service: Service, body: TextBody, http: Request, form_class: type[CompletionForm]) -> Response:
+    """Has the texts written that a request asks for, and answers with them, in a form of answers."""
     service.check_model(body.model)
     loop = asyncio.get_running_loop()
     pieces: asyncio.Queue[Piece] = asyncio.Queue()
@@ -108,7 +110,7 @@ async def _answer(service: Service, body: TextBody, http: Request) -> Response:
 
     prompts, requests = await service.encode(service.composer.compose, body, post)
     request_id = http.state.request_id
-    form = form_of(body, request_id, service.name)
+    form = form_class(request_id, service.name, body.has_logprobs)
     exchange = Exchange(service, body, requests, pieces, Answer(form, prompts, len(requests)), request_id)
     service.submit(requests)
     if not body.stream:
@@ -123,4 +125,5 @@ async def _cancel_when_gone(http: Request, exchange: Exchange):
 
 
 def _event(data: dict) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    name = f"event: {data['type']}\n" if "type" in data else ""
+    return f"{name}data: {json.dumps(data, ensure_ascii=False)}\n\n"
