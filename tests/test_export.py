@@ -90,7 +90,7 @@ def test_the_repository_is_complete(exports, family):
     names = {path.name for path in folder.iterdir()}
     assert {name for name in names if name.endswith(".py")} == CODE
     assert {"config.json", "generation_config.json", "model.safetensors", "README.md"} <= names
-    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= names
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "decision_template.jinja"} <= names
     assert "custom_generate" not in names  # `generate` is the model's own
     config = json.loads((folder / "config.json").read_text())
     for target in config["auto_map"].values():

@@ -135,6 +135,27 @@ def test_an_exported_checkpoint_is_served(exported, texts, tmp_path, options):
     check(exported, tmp_path, texts, *options)
 
 
+@pytest.mark.skipif(not LOADS_AS_EXPORTED, reason="there is no decision pipeline before Transformers 5.24")
+def test_transformers_own_decisions_are_read_at_a_mask(exported):
+    """The pipeline behind `/v1/systemone` gives what one forward says of a [MASK] behind the prompt."""
+    decide = transformers.pipeline("decision", model=str(exported))
+    question = {"type": "choice", "instructions": "What <b>?", "criteria": {"apples": None, "pears": "the green"}}
+    levels = {"type": "score", "instructions": "How many?", "criteria": ["none", "few", "many"]}
+    answers = decide({"state": "Tom has 2 apples.", "questions": {"what": question, "number": levels}})
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
+    for name, lines, labels in (
+        ("what", "What <b>?\nA: apples\nB: pears - the green\nAnswer with one of A, B only.", "AB"),
+        ("number", "How many?\nA: none\nB: few\nC: many\nAnswer with one of A, B, C only.", "ABC"),
+    ):
+        messages = [{"role": "user", "content": f"Tom has 2 apples.\n\n{lines}"}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*ids, tokenizer.mask_token_id]])).logits[0, -1]
+        expected = logits[tokenizer.convert_tokens_to_ids(list(labels))].softmax(-1)
+        assert list(answers[name]["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-5)
+
+
 @pytest.mark.slow
 def test_the_edited_checkpoint_is_served_by_every_version(texts, tmp_path):
     folder = export_to_hub_folder(EMBEDDED_MODEL, tmp_path / "model")

@@ -1,5 +1,6 @@
 """The files beside the weights: tokenizer, chat template, generation settings, card and license."""
 
+import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,6 +51,40 @@ def declare_mask_token(folder: Path, config: ILLaDAConfig) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).exists():
             write_json(folder / name, read_json(folder / name) | {"mask_token": mask_token})
+
+
+_DECISION_TEMPLATE = """\
+{%- macro text(value) %}{{ "" if value is none else value if value is string else value|tojson }}{% endmacro -%}
+{%- set said = namespace(lines=[text(state), "", text(question.instructions)]) -%}
+{%- for option in question.options -%}
+    {%- set more = text(question.descriptions[loop.index0]) -%}
+    {%- if question.type == "choice" -%}
+        {%- set more = option ~ " - " ~ more if more else option -%}
+    {%- endif -%}
+    {%- if more -%}
+        {%- set said.lines = said.lines + [question.labels[loop.index0] ~ ": " ~ more] -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- set said.lines = said.lines + ["Answer with one of " ~ question.labels|join(", ") ~ " only."] -%}
+{%- set messages = [{"role": "user", "content": said.lines|join("\n")}] -%}
+{%- set add_generation_prompt = true -%}
+"""
+
+
+def write_decision_template(folder: Path, config: ILLaDAConfig) -> None:
+    """Tells Transformers (from 5.24) how to ask this model for decisions, if it has a chat template.
+
+    Its decision pipeline, and the `/v1/systemone` of `transformers serve`, read the logits of a prompt's last token.
+    In a causal model these are about the next token, in a masked diffusion model about that token itself: so the
+    prompt ends with the chat template's opening of an answer and a [MASK], whose logits are read.
+    """
+    if not (folder / "tokenizer_config.json").exists():
+        return
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+    if isinstance(tokenizer.chat_template, str) and tokenizer.mask_token is not None:
+        ending = f"{{{{- {json.dumps(tokenizer.mask_token + '<|mark|>')} -}}}}"
+        chat_template = tokenizer.chat_template.removesuffix("\n")
+        (folder / "decision_template.jinja").write_text(_DECISION_TEMPLATE + chat_template + ending, "utf-8")
 
 
 def write_generation_config(folder: Path, config: ILLaDAConfig, canvas: str) -> None:

@@ -13,7 +13,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..modeling_illada import ILLaDAForCausalLM
 from ..text.whole_models import ADAPTER_CONFIG, BASE_FIELD, base_of, is_adapter, load_whole_model, read_json
-from .accompanying import carry_over
+from .accompanying import carry_over, write_decision_template
 from .adapters import check_adapter, require_peft, with_adapter
 from .card import check_license, license_of, write_card
 from .converting import MAX_SHARD_SIZE, complete, convert_weights, parse_dtype, parse_size, write_model
@@ -110,6 +110,7 @@ def export_to_hub_folder(
             carry_over(adapter, folder, TOKENIZER_FILES)
         _save_tokenizer(tokenizer, folder)
         complete(folder, config)
+        write_decision_template(folder, config)
         custom_object_save(ILLaDAForCausalLM, folder)
 
         if model is None and not merges:
