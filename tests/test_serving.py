@@ -162,6 +162,7 @@ def test_a_stream_brings_text_as_it_settles(server, generated):
         {"confidence_threshold": 0.5, "block_length": 8},
         {"block_cache": "prefix", "block_length": 4, "canvas": "fixed"},
         {"max_denoising_steps": 2, "remasking": "entropy", "guidance_scale": 1.5},
+        {"num_drafts": 8},
     ],
     ids=str,
 )
@@ -535,6 +536,7 @@ def test_an_api_key(model, tokenizer):
         ({"logit_bias": {"5": 1000}}, 400, "`logit_bias.5`"),
         ({"preset": "quick"}, 400, "`preset` must be one of"),
         ({"confidence_threshold": 5}, 400, "`confidence_threshold` must be a number in (0, 1]"),
+        ({"num_drafts": 4, "temperature": 1}, 400, "`num_drafts` must be unset with `do_sample`=True"),
         ({"cache_refresh_interval": 4}, 400, "`cache_refresh_interval`=4 must come with `block_cache`"),
         ({"compile": True}, 400, "`compile` is not a field"),
         ({"num_beams": 4}, 400, "`num_beams` is not a field"),
