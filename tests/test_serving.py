@@ -2,16 +2,16 @@
 
 import functools
 import json
-import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-from processes import heed_interrupts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -21,7 +21,7 @@ from illada.commands.main import app as command
 openai = pytest.importorskip("openai", reason="the server is asked by the `openai` client, which is not installed")
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
-from http_server import Caller, Gate, ThreadServer, wait_until  # noqa: E402
+from http_server import Gate, ProcessServer, ThreadServer, wait_until  # noqa: E402
 
 NAME = "illada-tiny"
 QUESTIONS = [f"Tom has {n} apples. He buys {n + 2} more. How many apples does Tom have now?" for n in range(2, 10)]
@@ -162,7 +162,6 @@ def test_a_stream_brings_text_as_it_settles(server, generated):
         {"confidence_threshold": 0.5, "block_length": 8},
         {"block_cache": "prefix", "block_length": 4, "canvas": "fixed"},
         {"max_denoising_steps": 2, "remasking": "entropy", "guidance_scale": 1.5},
-        {"num_drafts": 8},
     ],
     ids=str,
 )
@@ -536,7 +535,6 @@ def test_an_api_key(model, tokenizer):
         ({"logit_bias": {"5": 1000}}, 400, "`logit_bias.5`"),
         ({"preset": "quick"}, 400, "`preset` must be one of"),
         ({"confidence_threshold": 5}, 400, "`confidence_threshold` must be a number in (0, 1]"),
-        ({"num_drafts": 4, "temperature": 1}, 400, "`num_drafts` must be unset with `do_sample`=True"),
         ({"cache_refresh_interval": 4}, 400, "`cache_refresh_interval`=4 must come with `block_cache`"),
         ({"compile": True}, 400, "`compile` is not a field"),
         ({"num_beams": 4}, 400, "`num_beams` is not a field"),
@@ -668,39 +666,6 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(monkeypatch):
             assert result.exit_code != 0 and reason in str(result.exception) + result.output, options
 
 
-class ProcessServer(Caller):
-    """A process of `illada serve`."""
-
-    def __init__(self, log, *options: str):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{port}", log
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "illada", "serve", "--port", str(port), "--device", "cpu", *options],
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            preexec_fn=heed_interrupts,
-        )
-
-    def __enter__(self):
-        def is_up():
-            assert self.process.poll() is None, self.log.read_text()
-            try:
-                return self.get("/health")[0] == 200
-            except OSError:
-                return False
-
-        wait_until(is_up, "the server does not come up", 300)
-        return self
-
-    def __exit__(self, *exception):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait(60)
-
-
 def test_a_server_finishes_its_answers_before_it_ends(tmp_path, generated):
     """SIGTERM while an answer is streamed: the rest of it comes, and then the process ends without a word."""
     with ProcessServer(tmp_path / "log", "--name", "short", "--max-new-tokens", "3") as server:
@@ -715,31 +680,36 @@ def test_a_server_finishes_its_answers_before_it_ends(tmp_path, generated):
         assert "Traceback" not in server.log.read_text()
 
 
-@pytest.mark.slow
-def test_200_requests_of_8_clients(tmp_path, generated):
-    psutil = pytest.importorskip("psutil", reason="the server's memory is not measured: psutil is not installed")
-    answers = {question: generated(user(question), max_new_tokens=6)[0] for question in QUESTIONS}
+def test_the_lines_of_the_docs_work_as_they_are_pasted(server, generated, capsys):
+    if shutil.which("curl") is None:
+        pytest.skip("the lines of the docs are not tried: curl is not installed")
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    section = page[page.index("\n## Server\n") : page.index("\n## Command line\n")]
+    blocks = re.findall(r"```(sh|py)\n(.*?)```", section.replace("http://127.0.0.1:8000", server.url), re.DOTALL)
+    lines = [block for kind, block in blocks if kind == "sh" and block.startswith("curl ")]
+    assert len(lines) >= 3
+    for line in lines:
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and json.loads(done.stdout)["usage"], done
+    for code in (block for kind, block in blocks if kind == "py"):
+        exec(code, {"openai": openai})
+        assert generated(user("Sort the numbers: 17 4 9"))[0] in capsys.readouterr().out
 
-    with ProcessServer(tmp_path / "log") as server:
 
-        def converse(number: int) -> list[tuple[str, str]]:
-            questions = [QUESTIONS[(turn + number) % 8] for turn in range(25)]
-            return [
-                (ask(server, question, (turn + number) % 2 == 0, max_tokens=6), answers[question])
-                for turn, question in enumerate(questions)
-            ]
-
-        def resident() -> int:
-            return psutil.Process(server.process.pid).memory_info().rss
-
-        with ThreadPoolExecutor(8) as clients:
-            list(clients.map(lambda number: ask(server, QUESTIONS[number], max_tokens=6), range(8)))
-            before = resident()
-            pairs = [pair for each in clients.map(converse, range(8)) for pair in each]
-        grown = resident() - before
-        assert len(pairs) == 200 and all(actual == expected for actual, expected in pairs)
-        print(f"200 answers; the server grew by {grown / 2**20:.1f} MiB")
-        assert grown < 64 * 2**20
-        server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(60) in (0, 130, -signal.SIGINT)
-        assert "Traceback" not in server.log.read_text()
+def test_the_calls_of_a_chat_page(server, generated):
+    """As Open WebUI makes them: the list of models, a stream with usage, and a title in between."""
+    client = server.client
+    [model] = client.models.list()
+    stream = client.chat.completions.create(
+        model=model.id,
+        messages=[{"role": "user", "content": [{"type": "text", "text": QUESTIONS[0]}]}],
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == generated(user(QUESTIONS[0]))[0]
+    assert chunks[-1].usage.completion_tokens
+    title = client.chat.completions.create(
+        model=model.id, messages=user(QUESTIONS[1]), stream=False, max_completion_tokens=20
+    )
+    assert title.choices[0].message.content

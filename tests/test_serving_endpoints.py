@@ -16,7 +16,7 @@ openai = pytest.importorskip("openai", reason="the server is asked by the `opena
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 pytest.importorskip("prometheus_client", reason="needs the extra serve")
-from http_server import ThreadServer  # noqa: E402
+from http_server import ThreadServer, numbers  # noqa: E402
 
 NAME = "illada-tiny"
 QUESTION = [{"role": "user", "content": "Tom has 2 apples. He buys 4 more. How many apples does Tom have now?"}]
@@ -351,13 +351,6 @@ def test_drafts_are_events_for_those_who_ask(server, tokenizer, generated):
 
 
 # The server about itself
-
-
-def numbers(server) -> dict[str, float]:
-    status, page, headers = server.get("/metrics")
-    assert status == 200 and headers["content-type"].startswith("text/plain")
-    lines = [line.rpartition(" ") for line in page.splitlines() if line and not line.startswith("#")]
-    return {name: float(value) for name, _, value in lines}
 
 
 def test_metrics_count_what_was_done(server):

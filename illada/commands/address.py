@@ -23,3 +23,9 @@ def bind(host: str, port: int) -> socket.socket:
             f"`--host` and `--port` must be free for a server, got {host}:{port}: {error.strerror}."
         ) from error
     return bound
+
+
+def drop_who_does_not_read(listener: socket.socket, seconds: float):
+    """Has the system end a connection that takes nothing of what is sent to it for so long, where it can do so."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * seconds))

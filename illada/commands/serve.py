@@ -1,12 +1,14 @@
 """`illada serve`."""
 
 import math
+import signal
+import sys
 from typing import Annotated
 
 import typer
 
 from ..generation_config import MaskedDiffusionGenerationConfig
-from .address import bind
+from .address import bind, drop_who_does_not_read
 from .options import DecodingOptions, ModelOptions, check_settings, expand_options
 
 
@@ -71,7 +73,7 @@ def serve(
         import uvicorn
 
         from ..serving.app import build_app
-        from ..serving.service import ServerOptions
+        from ..serving.service import PATIENCE, ServerOptions
         from ..serving.worker import Worker
     except ModuleNotFoundError as error:
         raise ValueError(f"`illada serve` needs the extra: pip install 'illada[serve]' ({error}).") from error
@@ -82,6 +84,7 @@ def serve(
     checkpoint = source.open()
     check_settings(settings, checkpoint)
     listener = bind(host, port)
+    drop_who_does_not_read(listener, timeout or PATIENCE)
     model = source.load(checkpoint)
     model.generation_config = MaskedDiffusionGenerationConfig.merged(model.generation_config, None, **settings)
     options = ServerOptions(api_key, timeout, max_body_kib * 1024, allow_origin or [], max_prompt_tokens)
@@ -89,5 +92,9 @@ def serve(
     worker = Worker(model, max_rows, max_tokens, max_waiting, max_cached_tokens)
     app = build_app(worker, checkpoint.tokenizer, name, options)
     print(f"Serving {name} at http://{host}:{port}/v1 (Ctrl-C ends it).", flush=True)
-    config = uvicorn.Config(app, timeout_graceful_shutdown=math.ceil(stop_timeout))
-    uvicorn.Server(config).run(sockets=[listener])
+    config = uvicorn.Config(app, lifespan="off", timeout_graceful_shutdown=math.ceil(stop_timeout))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises the signal again once all is finished
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        worker.close()

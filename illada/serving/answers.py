@@ -125,11 +125,7 @@ class Answer:
         self.num_open = num_texts
 
     def add(self, piece: Piece):
-        text = self.texts[piece.index]
-        text.text += piece.text
-        text.thought += piece.thought
-        text.tokens += piece.tokens
-        text.finish_reason, text.num_tokens, text.num_passes = piece.finish_reason, piece.num_tokens, piece.num_passes
+        self.texts[piece.index].extend(piece)
         self.num_open -= piece.finish_reason is not None
 
     @property

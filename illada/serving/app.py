@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from . import deciding, infilling, responding, revising, writing
 from .edge import BodyLimit, RequestLog
 from .errors import install_handlers
-from .service import ServerOptions, Service
+from .service import PATIENCE, ServerOptions, Service
 from .worker import Worker
 
 
@@ -34,7 +34,7 @@ def build_app(
     app.include_router(_model_routes(service), dependencies=[Depends(service.check_key)])
     for endpoints in (writing, responding, infilling, revising, deciding):
         app.include_router(endpoints.routes(service), dependencies=[Depends(service.check_key)])
-    app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes, timeout=options.timeout)
+    app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes, timeout=options.timeout or PATIENCE)
     if options.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

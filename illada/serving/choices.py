@@ -54,6 +54,14 @@ class Piece:
     draft: dict | None = None
     error: Exception | None = None
 
+    def extend(self, piece: "Piece"):
+        """Goes on with the piece that follows. Of two drafts the later is kept."""
+        self.text += piece.text
+        self.thought += piece.thought
+        self.tokens += piece.tokens
+        self.finish_reason, self.num_tokens, self.num_passes = piece.finish_reason, piece.num_tokens, piece.num_passes
+        self.draft, self.error = piece.draft or self.draft, piece.error
+
 
 class Choice:
     """One text of an answer: hears of settled tokens in the worker's thread, and posts settled text.

@@ -4,28 +4,28 @@ import asyncio
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import Field, StrictBool, StrictStr
+from pydantic import Field, StrictBool
 
 from ..evaluation import decisions
 from ..evaluation.choices import ChoiceReader, ChoiceText, Decision
 from .errors import ApiError
-from .fields import Body, unsupported
+from .fields import MAX_ITEMS, Body, Text, unsupported
 from .service import Service
 
-NonEmpty = Annotated[str, Field(min_length=1)]
+NonEmpty = Annotated[Text, Field(min_length=1)]
 MAX_ROWS = 1024
 """Texts that the model may be asked to read for one request; a choice takes at most one for each of its tokens."""
 
 
 class InputText(Body):
     type: Literal["input_text"]
-    text: str
+    text: Text
     prompt_cache_breakpoint: unsupported() = None
 
 
 class InputMessage(Body):
     role: Literal["user"]
-    content: str | Annotated[list[InputText], Field(min_length=1)]
+    content: Text | Annotated[list[InputText], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     type: Literal["message"] = "message"
 
     @property
@@ -36,7 +36,7 @@ class InputMessage(Body):
 class AskedBody(Body):
     """What all questions have in common."""
 
-    name: str | None = None
+    name: Text | None = None
 
     def answer(self, decision: Decision) -> dict:
         return {"type": self.type, "name": self.name, **self.own(decision), "label_mass": decision.label_mass}
@@ -54,8 +54,8 @@ class PredicateBody(AskedBody):
 
 
 class ChoiceOption(Body):
-    value: StrictStr | StrictBool
-    description: str = ""
+    value: Text | StrictBool
+    description: Text = ""
 
     @property
     def text(self) -> str:
@@ -65,7 +65,7 @@ class ChoiceOption(Body):
 class ChoosingBody(AskedBody):
     """A question whose answer is one of its choices."""
 
-    choices: list[ChoiceOption] = Field(max_length=255)
+    choices: Annotated[list[ChoiceOption], Field(max_length=255, fail_fast=True)]
 
     def own(self, decision: Decision) -> dict:
         values = [choice.value for choice in self.choices]
@@ -97,14 +97,14 @@ class BlankBody(ChoosingBody):
 
 
 class ScoreLevel(Body):
-    label: str
-    description: str = ""
+    label: Text
+    description: Text = ""
 
 
 class ScoreBody(AskedBody):
     type: Literal["score"]
     instructions: NonEmpty
-    levels: list[ScoreLevel]
+    levels: Annotated[list[ScoreLevel], Field(max_length=MAX_ITEMS, fail_fast=True)]
 
     def question(self) -> decisions.Score:
         descriptions = [level.description for level in self.levels]
@@ -126,7 +126,7 @@ class DecisionBody(Body):
     """The body of `POST /v1/decisions`."""
 
     model: str | None = None
-    input: str | Annotated[list[InputMessage], Field(min_length=1)]
+    input: Text | Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     questions: Annotated[
         list[Annotated[PredicateBody | ChoiceBody | ScoreBody | BlankBody, Field(discriminator="type")]],
         Field(min_length=1, max_length=64),

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from .errors import ApiError
 from .metrics import Metrics
 from .service import log_failure
 
@@ -45,6 +46,10 @@ class RequestLog:
             await self.app(scope, receive, send_with_id)
         except ClientDisconnect:
             status = status or 499
+        except asyncio.CancelledError:  # the server is ending, and has waited as long as it was to
+            if status is None:
+                failure = ApiError(503, "The server is ending.")
+                await JSONResponse(failure.body(), failure.status)(scope, receive, send_with_id)
         except Exception as error:
             failure = log_failure(request_id, error)
             if status is None:
@@ -56,7 +61,7 @@ class RequestLog:
 
 
 class BodyLimit:
-    """Refuses a request whose body has more bytes than this, or takes longer than this to arrive.
+    """Refuses a request whose body has more bytes than this, or takes more seconds than this to arrive.
 
     Of a body that is too large the rest is read and dropped, as far as `DRAINED` bytes and seconds go: a client that
     is still sending would see a broken connection in place of the answer.
@@ -64,7 +69,7 @@ class BodyLimit:
 
     DRAINED_BYTES, DRAINED_SECONDS = 2**27, 10
 
-    def __init__(self, app, max_bytes: int, timeout: float | None = None):
+    def __init__(self, app, max_bytes: int, timeout: float):
         self.app, self.max_bytes, self.timeout = app, max_bytes, timeout
 
     async def __call__(self, scope, receive, send):
@@ -77,8 +82,7 @@ class BodyLimit:
             if is_complete:
                 return await receive()
             try:
-                remaining = None if self.timeout is None else max(0.0, begun + self.timeout - time.monotonic())
-                message = await asyncio.wait_for(receive(), remaining)
+                message = await asyncio.wait_for(receive(), max(0.0, begun + self.timeout - time.monotonic()))
             except asyncio.TimeoutError as error:
                 raise HTTPException(408, f"The body must arrive within {self.timeout:g} seconds.") from error
             num_bytes += len(message.get("body", b""))

@@ -2,17 +2,42 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 from transformers.generation import GenerationConfig
 
 from ..generation_config import MaskedDiffusionGenerationConfig
 from ..standard_fields import READ
+
+MAX_FIELDS = 256
+"""Of an object; each that is unknown is a fault of its own."""
+MAX_ITEMS = 4096
+"""Of a list or a table of settings."""
 
 
 class Body(BaseModel):
     """An object of a request: a name that is no field is refused, and so is a value of another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_of_sensible_size(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > MAX_FIELDS:
+            raise ValueError(f"must have at most {MAX_FIELDS} fields, got {len(data)}")
+        return data
+
+
+def _is_encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(f"must be Unicode text, without halves of characters such as {half!r}") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_is_encodable)]
+"""A string that a tokenizer can read: JSON can also spell half a surrogate pair."""
 
 
 def unsupported(*harmless):
@@ -50,9 +75,11 @@ those that OpenAI's interface names otherwise (`max_tokens` ...) and those that 
 
 
 def _not_beyond_reach(value: Any) -> Any:
+    if isinstance(value, (list, dict)) and len(value) > MAX_ITEMS:
+        raise ValueError(f"must have at most {MAX_ITEMS} items, and has {len(value)}")
     for number in value if isinstance(value, list) else [value]:
-        if isinstance(number, int) and abs(number) >= 2**31:
-            raise ValueError(f"must have integers between -2**31 and 2**31, got {number}")
+        if isinstance(number, (int, float)) and abs(number) >= 2**31:
+            raise ValueError("must have numbers between -2**31 and 2**31")
     return value
 
 
@@ -75,7 +102,9 @@ class WritingFields(DecodingFields):
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_ITEMS)] | None = (
+        None
+    )
     user: str | None = None  # an end user's name, which has no meaning here
 
     @property

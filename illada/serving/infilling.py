@@ -9,7 +9,7 @@ from ..engine import RequestResult
 from ..text.blanks import blank_lengths, encode_with_blanks, fill_blanks
 from .answers import Usage
 from .errors import ApiError
-from .fields import WritingFields
+from .fields import Text, WritingFields
 from .prompts import Prompt
 from .service import Service
 from .worker import TextRequest
@@ -18,7 +18,7 @@ from .worker import TextRequest
 class InfillBody(WritingFields):
     """The body of `POST /v1/infill`: `text` has blanks, `<[MASK]>` of one token or `<[MASK]*4>` of four."""
 
-    text: str
+    text: Text
 
 
 def routes(service: Service) -> APIRouter:

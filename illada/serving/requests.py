@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .fields import Body, WritingFields, unsupported
+from .fields import MAX_ITEMS, Body, Text, WritingFields, unsupported
 
 
 class StreamOptions(Body):
@@ -22,7 +22,7 @@ class TextBody(WritingFields):
     n: int = Field(1, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
     max_tokens: int | None = Field(None, ge=0)
 
     frequency_penalty: unsupported(0, 0.0) = None
@@ -51,15 +51,15 @@ class TextBody(WritingFields):
 
 class TextPart(Body):
     type: Literal["text", "input_text", "output_text"]
-    text: str
+    text: Text
 
 
 class Message(Body):
     """A message; what an answer of this server has beside its text may be sent back."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
-    reasoning_content: str | None = None
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = None
+    reasoning_content: Text | None = None
     name: unsupported() = None
     refusal: unsupported() = None
     annotations: unsupported([]) = None
@@ -82,7 +82,7 @@ class Message(Body):
 class ChatBody(TextBody):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=0)
 
     logprobs: bool | None = None
@@ -123,14 +123,15 @@ class ChatBody(TextBody):
         return name, getattr(self, name)
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Prompts = Annotated[list[Text], Field(fail_fast=True)] | Annotated[list[TokenIds], Field(fail_fast=True)]
 
 
 class CompletionBody(TextBody):
     """The body of `POST /v1/completions`."""
 
-    prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=128)]
-    suffix: str | None = None
+    prompt: Text | TokenIds | Annotated[Prompts, Field(min_length=1, max_length=128)]
+    suffix: Text | None = None
     echo: bool | None = None
 
     logprobs: unsupported(0) = None  # of the token itself, and of no others

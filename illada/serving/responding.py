@@ -10,7 +10,7 @@ from pydantic import Field
 from .answers import CompletionForm, Usage
 from .choices import Piece
 from .errors import ApiError
-from .fields import Body, WritingFields, unsupported
+from .fields import MAX_ITEMS, Body, Text, WritingFields, unsupported
 from .requests import ChatBody, TextPart
 from .service import Service
 from .writing import answer
@@ -27,7 +27,7 @@ class InputMessage(Body):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1)]
+    content: Text | Annotated[list[Part], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
     phase: unsupported() = None
@@ -49,8 +49,8 @@ class TextOptions(Body):
 class ResponsesBody(WritingFields):
     """The body of `POST /v1/responses`."""
 
-    input: str | Annotated[list[InputMessage], Field(min_length=1)]
-    instructions: str | None = None
+    input: Text | Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
+    instructions: Text | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from ..revision import check_revision, least_likely, leave_one_out_confidences
 from .answers import Usage
 from .errors import ApiError, from_value_error
-from .fields import WritingFields
+from .fields import Text, WritingFields
 from .prompts import Prompt
 from .service import Service
 
@@ -17,7 +17,7 @@ from .service import Service
 class ReviseBody(WritingFields):
     """The body of `POST /v1/revise`; the fields mean what the arguments of `revise` do."""
 
-    text: str
+    text: Text
     fraction: float | int | None = None
     threshold: float | int | None = None
     num_rounds: int = 1

@@ -22,6 +22,9 @@ from .worker import Progress, TextRequest, Worker
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = 60
+"""Seconds that a client may take to send its request, where there is no time-out."""
+
 
 @dataclass
 class ServerOptions:

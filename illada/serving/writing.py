@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -32,14 +33,42 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
+class Mailbox:
+    """The pieces that wait for a client. One that does not read for a while finds the rest joined, text by text."""
+
+    MAX_APART = 256
+
+    def __init__(self):
+        self._pieces: deque[Piece] = deque()
+        self._last: dict[int, Piece] = {}  # by the text's index, those that wait
+        self._arrival = asyncio.Event()
+
+    def put(self, piece: Piece):
+        last = self._last.get(piece.index)
+        if last is not None and len(self._pieces) >= self.MAX_APART:
+            return last.extend(piece)
+        self._pieces.append(piece)
+        self._last[piece.index] = piece
+        self._arrival.set()
+
+    async def get(self) -> Piece:
+        while not self._pieces:
+            self._arrival.clear()
+            await self._arrival.wait()
+        piece = self._pieces.popleft()
+        if self._last[piece.index] is piece:
+            del self._last[piece.index]
+        return piece
+
+
 @dataclass
 class Exchange:
-    """An HTTP request that is being answered: its texts, and the queue in which their pieces arrive."""
+    """An HTTP request that is being answered: its texts, and where their pieces arrive."""
 
     service: Service
     body: TextBody
     requests: list[TextRequest]
-    pieces: asyncio.Queue[Piece]
+    pieces: Mailbox
     answer: Answer
     request_id: str
 
@@ -103,10 +132,10 @@ async def answer(service: Service, body: TextBody, http: Request, form_class: ty
     """Has the texts written that a request asks for, and answers with them, in a form of answers."""
     service.check_model(body.model)
     loop = asyncio.get_running_loop()
-    pieces: asyncio.Queue[Piece] = asyncio.Queue()
+    pieces = Mailbox()
 
     def post(piece: Piece):
-        loop.call_soon_threadsafe(pieces.put_nowait, piece)
+        loop.call_soon_threadsafe(pieces.put, piece)
 
     prompts, requests = await service.encode(service.composer.compose, body, post)
     request_id = http.state.request_id
@@ -120,7 +149,11 @@ async def answer(service: Service, body: TextBody, http: Request, form_class: ty
 
 
 async def _cancel_when_gone(http: Request, exchange: Exchange):
-    await client_has_gone(http)
+    """Frees the rows when the client hangs up, or when the time is up, of which one that does not read never hears."""
+    try:
+        await asyncio.wait_for(client_has_gone(http), exchange.service.options.timeout)
+    except asyncio.TimeoutError:
+        pass
     exchange.cancel()
 
 

@@ -5,6 +5,8 @@ import re
 from transformers import PreTrainedTokenizerBase
 
 _BLANK = re.compile(r" ?<\[MASK\](?:\*(\d+))?>")
+MAX_BLANK_TOKENS = 2**20
+"""The most that the blanks of a text may have together: a few characters can ask for any number."""
 
 
 def check_blanks(text: str):
@@ -20,7 +22,7 @@ def encode_with_blanks(tokenizer: PreTrainedTokenizerBase, text: str, mask_token
     The space before a blank belongs to the blank, since tokens of byte-level vocabularies begin with their space.
 
     Raises:
-        ValueError: if `text` has no blank, or one of no tokens.
+        ValueError: if `text` has no blank, one of no tokens, or more than `MAX_BLANK_TOKENS` of them.
     """
     check_blanks(text)
     input_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -37,8 +39,10 @@ def spell_blanks(text: str, mask_token: str) -> str:
     """`text` with each blank written as so many `mask_token`, for a tokenizer that knows it as one token.
 
     Raises:
-        ValueError: if a blank has no tokens.
+        ValueError: if a blank has no tokens, or all of them have more than `MAX_BLANK_TOKENS`.
     """
+    if sum(blank_lengths(text)) > MAX_BLANK_TOKENS:
+        raise ValueError(f"The blanks of a text must have at most {MAX_BLANK_TOKENS} tokens.")
 
     def spelled(blank: re.Match) -> str:
         return mask_token * _length(blank[1], text)
@@ -76,7 +80,7 @@ def fill_blanks(
 
 
 def _length(digits: str | None, text: str) -> int:
-    length = int(digits or 1)
+    length = int((digits or "1")[:10])  # more digits than these are too many tokens in any case
     if length < 1:
         raise ValueError(f"A blank must have at least one token, got {length} in {text!r}.")
     return length
