@@ -172,6 +172,14 @@ def test_what_is_not_supported_is_said(server, body, reason):
     assert status == 400 and reason in error["message"] and error["type"] == "invalid_request_error", text
 
 
+def test_a_stream_that_fails_says_why(tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
+    with ThreadServer(model, tokenizer) as server:
+        model.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(openai.APIError, match="The server failed on request"):
+            list(server.client.responses.create(model=NAME, input=QUESTION, stream=True))
+
+
 ODD = [-1, 0, 1.5, 10**30, True, "", "x", [], ["x"], [[1]], {}, {"a": 1}, [None], "\ud83d\ude00"]
 
 

@@ -137,7 +137,7 @@ def test_an_exported_checkpoint_is_served(exported, texts, tmp_path, options):
 
 @pytest.mark.skipif(not LOADS_AS_EXPORTED, reason="there is no decision pipeline before Transformers 5.24")
 def test_transformers_own_decisions_are_read_at_a_mask(exported):
-    """The pipeline behind `/v1/systemone` gives what one forward says of a [MASK] behind the prompt."""
+    """The pipeline behind `/v1/systemone` gives what one forward says of a [MASK] after the prompt."""
     decide = transformers.pipeline("decision", model=str(exported))
     question = {"type": "choice", "instructions": "What <b>?", "criteria": {"apples": None, "pears": "the green"}}
     levels = {"type": "score", "instructions": "How many?", "criteria": ["none", "few", "many"]}

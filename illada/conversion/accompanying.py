@@ -74,9 +74,9 @@ _DECISION_TEMPLATE = """\
 def write_decision_template(folder: Path, config: ILLaDAConfig) -> None:
     """Tells Transformers (from 5.24) how to ask this model for decisions, if it has a chat template.
 
-    Its decision pipeline, and the `/v1/systemone` of `transformers serve`, read the logits of a prompt's last token.
-    In a causal model these are about the next token, in a masked diffusion model about that token itself: so the
-    prompt ends with the chat template's opening of an answer and a [MASK], whose logits are read.
+    Its decision pipeline, and `/v1/systemone` of `transformers serve`, read the logits of the last token of a prompt.
+    In a causal model these are about the next token, in a masked diffusion model about that token itself. So the
+    prompt ends with a [MASK] where the answer begins.
     """
     if not (folder / "tokenizer_config.json").exists():
         return

@@ -251,10 +251,10 @@ def decide(
 
     A question in words ([`Predicate`], [`Choice`], [`Score`]) is put to the model as a message with the text, the
     question and its options, and answered by a label of each option: Yes or No, a letter, a digit. The labels' tokens
-    are those that the tokenizer gives them behind the prompt. A [`Blank`] is a place in the text itself. The
-    probabilities are those of [`choice_probabilities`]: the model's own, among the choices. They are not calibrated,
-    they depend on the words of the question, and the `label_mass` says how far the model would answer with one of the
-    choices at all.
+    are those that the tokenizer gives them after the prompt. A [`Blank`] is a place in the text itself. The
+    probabilities are those of [`choice_probabilities`]: the model's own, among the choices. They are not calibrated
+    and depend on the wording; the `label_mass` says how probable it is that the model answers with one of the choices
+    at all.
 
     All questions about all texts are rows of the same forward passes, and no answer depends on another: asked alone,
     each has the same probabilities. Blanks of one text are one row.
