@@ -4,6 +4,7 @@ import inspect
 from pathlib import Path
 
 import illada
+import illada.batch
 import illada.commit_rules
 import illada.continuous_batching
 import illada.conversion
@@ -25,6 +26,7 @@ MODULES = (
     illada.text.trace,
     illada.conversion,
     illada.evaluation,
+    illada.batch,
 )
 METHODS = {
     "MaskedDiffusionGenerationMixin": ("generate", "revise"),

@@ -179,6 +179,7 @@ TEXTS = {  # what each command is given besides the option under test
     "chat": [],
     "info": [],
     "serve": [],
+    "batch": ["in.jsonl", "out.jsonl"],
     "demo": [],
     "convert": ["illada-tiny", "out"],
     "export": ["out"],
@@ -252,6 +253,7 @@ def test_a_bad_value_is_refused_before_anything_is_loaded(capsys, monkeypatch, t
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}')
     value = value.format(empty=tmp_path / "empty")
     code, out, err = run(capsys, monkeypatch, command, *TEXTS[command], option, value)
     assert (code, out) == (2, "") and len(err.splitlines()) == 1, err

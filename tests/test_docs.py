@@ -15,7 +15,10 @@ from illada.rankings import RANKINGS
 ROOT = Path(__file__).parents[1]
 PAGES_WITH_BLOCKS = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("conversion", "evaluation", "generation", "performance", "serving", "training")),
+    *(
+        f"docs/{name}.md"
+        for name in ("batch", "conversion", "evaluation", "generation", "performance", "serving", "training")
+    ),
 ]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -11,6 +11,7 @@ from ..conversion.cli import convert, export
 from ..demo.cli import demo
 from ..evaluation.cli import CONTEXT_SETTINGS, evaluate
 from ..training.cli import train
+from .batch import batch
 from .chat import chat
 from .errors import Command
 from .generate import generate
@@ -59,7 +60,7 @@ def print_help(context: typer.Context):
     print(context.parent.get_help())
 
 
-for _command in (generate, infill, revise, info, chat, convert, export, train, demo, serve):
+for _command in (generate, infill, revise, info, chat, convert, export, train, demo, serve, batch):
     app.command(cls=Command)(_command)
 app.command("eval", cls=Command, context_settings=CONTEXT_SETTINGS)(evaluate)
 
