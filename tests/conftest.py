@@ -12,8 +12,8 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    if config.option.markexpr == "not slow":
-        return "soak and size tests are left out: `pytest -m slow` runs them, as .ci/run does"
+    if config.option.markexpr == "not slow and not by_hand":
+        return "left out: `pytest -m slow` (as in .ci/run), and full counts, `pytest -m by_hand`"
 
 
 @pytest.fixture(autouse=True)

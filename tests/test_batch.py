@@ -497,7 +497,7 @@ def test_killed_and_started_again_it_writes_each_line_once(tmp_path, checkpoint,
     survive(tmp_path, checkpoint, batch, 2, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("options", [[], ["--in-order"]])
 def test_ten_kills(tmp_path, checkpoint, batch, options):
     survive(tmp_path, checkpoint, batch, 10, 1, *options)
@@ -521,7 +521,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, checkpoint, batch):
     assert code == 0 and sorted(record["custom_id"] for record in records) == list(range(400))
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_memory_is_bounded(tmp_path, checkpoint):
     """10,000 lines: after the first tenth, the process takes no more."""
     requests = ({"prompt": "abcd" * 5, "max_tokens": 4, "user": "x" * 2000} for _ in range(10_000))

@@ -130,7 +130,7 @@ def test_recorded_decoding(index):
     check_record(index, (2, 4, 8)[index % 3])
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("num_drafts", [2, 4, 8])
 def test_all_of_recorded_decoding(num_drafts):
     for index in CERTAIN:
@@ -173,7 +173,7 @@ def test_random_settings(first):
         check_oracle_setting(seed)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_a_thousand_random_settings():
     passes = [check_oracle_setting(seed) for seed in range(1000)]
     print(f"passes of 1,000 settings: {sum(p for p, _ in passes)} without drafts, {sum(p for _, p in passes)} with")
@@ -506,7 +506,7 @@ def test_the_embedded_model_answers_the_same_in_at_most_half_the_passes(embedded
     assert drafted <= plain / 2, figures
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("settings", [{}, {"block_cache": "prefix"}, {"block_cache": "frozen"}], ids=str)
 def test_fifty_answers_of_each_family(embedded_model, embedded_tokenizer, settings):
     total = [0, 0]
@@ -546,7 +546,7 @@ def test_in_bf16_only_near_ties_fall_differently(embedded_tokenizer):
     assert differences_in_bf16(model, embedded_tokenizer, "ordering", 3) <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_near_ties_of_many_answers_in_bf16(embedded_tokenizer):
     model = ILLaDAForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.bfloat16)
     for family in FAMILIES:
