@@ -1,5 +1,6 @@
 """`illada serve`."""
 
+import gc
 import math
 import signal
 import sys
@@ -93,6 +94,8 @@ def serve(
     app = build_app(worker, checkpoint.tokenizer, name, options)
     print(f"Serving {name} at http://{host}:{port}/v1 (Ctrl-C ends it).", flush=True)
     config = uvicorn.Config(app, lifespan="off", timeout_graceful_shutdown=math.ceil(stop_timeout))
+    gc.collect()
+    gc.freeze()  # a full collection would walk through all that was imported, and hold up every request meanwhile
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises the signal again once all is finished
     try:
         uvicorn.Server(config).run(sockets=[listener])
