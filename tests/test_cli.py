@@ -294,12 +294,14 @@ def test_errors_are_one_line_with_a_cause(capsys, monkeypatch, arguments, code, 
     assert out == "" and len(err.splitlines()) == 1 and named.lower() in err.lower()
 
 
-RUNNING = {name: TEXTS[name] for name in ("generate", "infill", "revise", "chat", "info", "demo", "serve")}
+RUNNING = {name: TEXTS[name] for name in ("generate", "infill", "revise", "chat", "info", "demo", "serve", "batch")}
 
 
 @pytest.mark.parametrize("command", RUNNING)
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(capsys, monkeypatch, tmp_path, command):
     """No command runs a model with random weights in place of those that were saved."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}')
     for file in EMBEDDED_MODEL.iterdir():
         if file.suffix in (".json", ".jinja"):
             (tmp_path / file.name).write_bytes(file.read_bytes())

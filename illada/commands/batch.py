@@ -15,7 +15,7 @@ from rich.text import Text
 from ..generation_config import MaskedDiffusionGenerationConfig
 from ..text.loading import Checkpoint
 from .errors import WrongUsage
-from .options import DecodingOptions, ModelOptions, check_settings, expand_options
+from .options import DecodingOptions, EngineOptions, ModelOptions, check_settings, expand_options
 
 
 @expand_options
@@ -24,6 +24,7 @@ def batch(
     output: Annotated[Path, typer.Argument(help="File of answers; one that a killed run has left is continued.")],
     source: ModelOptions,
     decoding: DecodingOptions,
+    engine: EngineOptions,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(help="Longest answer in tokens, if a line does not say.", min=1, show_default="the checkpoint's"),
@@ -35,15 +36,6 @@ def batch(
     in_order: Annotated[
         bool, typer.Option("--in-order", help="Write answers in the order of INPUT, not as they are finished.")
     ] = False,
-    max_rows: Annotated[int, typer.Option(help="Texts that are written at a time.", min=1)] = 8,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Limit on the tokens in flight: rows times the longest text, prompt included.",
-            min=1,
-            show_default="none",
-        ),
-    ] = None,
 ):
     """Answer a file of requests, in OpenAI's batch format or as plain prompts and messages.
 
@@ -65,24 +57,25 @@ def batch(
     place = Path(checkpoint.adapter or checkpoint.place)
     place = str(place.resolve()) if place.is_dir() else str(place)
     begun_with = {"model": place, "dtype": source.dtype, "name": name, "in_order": in_order, **settings}
-    limits = {"max_rows": max_rows, "max_tokens": max_tokens, "in_order": in_order}
     with OutputFile(output, begun_with) as answers:
         total = answers.check_lines(read_lines(input))
         lines = (line for line in read_lines(input) if not answers.has(line))
         if answers.num_done < total:
-            records = _answer(lines, source, checkpoint, settings, name or checkpoint.name, **limits)
+            records = _answer(lines, source, checkpoint, settings, name or checkpoint.name, engine, in_order)
             _write(answers, records, total)
     print(f"illada: {answers.num_done} lines in {output}, {answers.num_failed} with an error.", file=sys.stderr)
 
 
-def _answer(lines, source: ModelOptions, checkpoint: Checkpoint, settings: dict, name, max_rows, max_tokens, in_order):
+def _answer(
+    lines, source: ModelOptions, checkpoint: Checkpoint, settings: dict, name: str, engine: EngineOptions, in_order
+):
     """The records of lines."""
     from ..batch.answering import answer_lines
     from ..batch.application import Application
 
     model = source.load(checkpoint)
     model.generation_config = MaskedDiffusionGenerationConfig.merged(model.generation_config, None, **settings)
-    make_application = partial(Application, model, checkpoint.tokenizer, name, max_rows, max_tokens)
+    make_application = partial(Application, model, checkpoint.tokenizer, name, engine.max_rows, engine.max_tokens)
     return answer_lines(lines, make_application, in_order)
 
 

@@ -113,6 +113,21 @@ class LiveOptions:
 
 
 @dataclasses.dataclass
+class EngineOptions:
+    """How many texts are written at a time."""
+
+    max_rows: Annotated[int, Option(help="Texts that are written at a time.", min=1)] = 8
+    max_tokens: Annotated[
+        int | None,
+        Option(
+            help="Limit on the tokens in flight: rows times the longest text, prompt included.",
+            min=1,
+            show_default="none",
+        ),
+    ] = None
+
+
+@dataclasses.dataclass
 class DecodingOptions:
     """Which masks are decoded together, and which predictions are committed."""
 

@@ -10,13 +10,14 @@ import typer
 
 from ..generation_config import MaskedDiffusionGenerationConfig
 from .address import bind, drop_who_does_not_read
-from .options import DecodingOptions, ModelOptions, check_settings, expand_options
+from .options import DecodingOptions, EngineOptions, ModelOptions, check_settings, expand_options
 
 
 @expand_options
 def serve(
     source: ModelOptions,
     decoding: DecodingOptions,
+    engine: EngineOptions,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -31,15 +32,6 @@ def serve(
     api_key: Annotated[
         str | None,
         typer.Option(help="Key that clients must send.", envvar="ILLADA_API_KEY", show_default="none"),
-    ] = None,
-    max_rows: Annotated[int, typer.Option(help="Texts that are written at a time.", min=1)] = 8,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Limit on the tokens in flight: rows times the longest text, prompt included.",
-            min=1,
-            show_default="none",
-        ),
     ] = None,
     max_waiting: Annotated[int, typer.Option(help="Texts that may wait; further ones get a 429.", min=1)] = 256,
     max_cached_tokens: Annotated[
@@ -90,7 +82,7 @@ def serve(
     model.generation_config = MaskedDiffusionGenerationConfig.merged(model.generation_config, None, **settings)
     options = ServerOptions(api_key, timeout, max_body_kib * 1024, allow_origin or [], max_prompt_tokens)
     name = name or checkpoint.name
-    worker = Worker(model, max_rows, max_tokens, max_waiting, max_cached_tokens)
+    worker = Worker(model, engine.max_rows, engine.max_tokens, max_waiting, max_cached_tokens)
     app = build_app(worker, checkpoint.tokenizer, name, options)
     print(f"Serving {name} at http://{host}:{port}/v1 (Ctrl-C ends it).", flush=True)
     config = uvicorn.Config(app, lifespan="off", timeout_graceful_shutdown=math.ceil(stop_timeout))

@@ -25,8 +25,10 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
-        yield
-        await asyncio.to_thread(service.close)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(service.close)
 
     app = FastAPI(title="illada", lifespan=lifespan, docs_url=None, redoc_url=None)
     install_handlers(app)
