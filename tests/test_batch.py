@@ -503,6 +503,7 @@ def test_ten_kills(tmp_path, checkpoint, batch, options):
     survive(tmp_path, checkpoint, batch, 10, 1, *options)
 
 
+@pytest.mark.slow
 def test_an_interrupt_says_how_to_go_on(tmp_path, checkpoint, batch):
     """And a standard output that nobody reads is no matter, since nothing is written there."""
     requests = [{"id": index, "prompt": "abc", "max_tokens": 8} for index in range(400)]

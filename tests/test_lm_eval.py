@@ -226,6 +226,7 @@ def test_another_seed_gives_another_estimate(reference):
     assert again["illada_choice"]["responses"] != reference["likelihood"]["illada_choice"]["responses"]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_results_of_one(reference, tmp_path):
     """As `accelerate launch` runs them, on the CPU: the second scores a part of every task's documents."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

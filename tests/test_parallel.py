@@ -26,6 +26,7 @@ def one_process(checkpoint: Path) -> list:
     return generate(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_tensor_parallel_processes_write_what_one_writes(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{TESTS.parent}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

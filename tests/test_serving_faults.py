@@ -344,6 +344,7 @@ def test_a_body_of_50_mb_is_refused_and_not_kept(process, is_chunked):
     assert server.memory_info().rss - before < 16 * 2**20
 
 
+@pytest.mark.slow
 def test_a_second_server_on_the_same_port_says_so(process):
     port = process.url.rpartition(":")[2]
     second = subprocess.run(
@@ -354,6 +355,7 @@ def test_a_second_server_on_the_same_port_says_so(process):
     assert process.get("/health")[0] == 200
 
 
+@pytest.mark.slow
 def test_sigterm_under_load(tmp_path, generated):
     """Two are being written and three wait: all are finished, the next is refused, and the process ends with 0."""
     with ProcessServer(tmp_path / "log", "--max-rows", "2") as server, ThreadPoolExecutor(5) as pool:
@@ -394,6 +396,7 @@ def is_refused(server) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["a second Ctrl-C", "the stop timeout"])
 def test_a_server_that_does_not_wait_ends_cleanly(tmp_path, how):
     """Answers under way are cut, and the log says no more than that."""

@@ -146,7 +146,9 @@ def hang_up(server, expected: Expected, chance: random.Random):
     reset(connection) if chance.random() < 0.5 else connection.close()
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.by_hand)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(60, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.by_hand)]
+)
 def test_every_answer_under_load_is_generates(tmp_path, count):
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)

@@ -359,6 +359,7 @@ assert trainer.is_fsdp_enabled == bool(trainer.args.fsdp)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_two_processes_train_as_one_does_on_the_batch_of_both(settings, tmp_path, wrapper):
     # Without `drop_last`, Accelerate fills the last batch of an epoch, so that each process has one.

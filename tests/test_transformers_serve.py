@@ -128,6 +128,7 @@ def check(folder, home, texts, *options: str):
     assert ("CB: True" in log) == bool(options) and "Traceback" not in log, log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--continuous-batching",)], ids=["plain", "continuous-batching"])
 def test_an_exported_checkpoint_is_served(exported, texts, tmp_path, options):
     if not LOADS_AS_EXPORTED:

@@ -56,7 +56,7 @@ def serve(
         typer.Option(help="Origin whose pages may call the server (CORS); repeatable.", show_default="none"),
     ] = None,
 ):
-    """Serve a model by OpenAI's HTTP interface: chat completions, completions, streaming; and infilling, revision.
+    """Serve a model by OpenAI's HTTP interface (chat, completions, responses, decisions), with infilling and revision.
 
     The decoding options are the defaults of requests, which may set each of them.
 
